@@ -1,0 +1,54 @@
+"""The one error family of mergekit-obim.
+
+Every error a user can cause is a :class:`click.ClickException`, so that any click
+command, mergekit's own ones included, ends with a single ``Error: …`` line and exit
+code 1, and is also the matching built-in, so that Python callers can catch it by
+kind. A message names the model and the tensor, says what was found, and what to do.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from typing import IO, Any
+
+import click
+
+LOG = logging.getLogger("mergekit_obim")
+
+
+class ObimError(click.ClickException):
+    """Base class; exit code 1. With ``-v`` the traceback is logged before the line."""
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        if LOG.isEnabledFor(logging.INFO):
+            LOG.info("".join(traceback.format_exception(self)).rstrip())
+        super().show(file)
+
+
+class RecipeError(ObimError, ValueError):
+    """The recipe asks for something that cannot be: an unknown parameter, a density over 1, …"""
+
+
+class SaliencyFileError(ObimError, ValueError):
+    """A saliency file that cannot be used: truncated, of another version, of other weights, …"""
+
+
+class SaliencyNotFoundError(ObimError, FileNotFoundError):
+    """No saliency file where the recipe, or the model's own folder, should have one."""
+
+    # OSError prints its errno and file name unless told otherwise.
+    def __str__(self) -> str:
+        return self.message
+
+
+class CalibrationError(ObimError, ValueError):
+    """Calibration data or a calibration run that cannot give a saliency."""
+
+
+class DeviceMemoryError(ObimError, MemoryError):
+    """A model or its activations do not fit the device."""
+
+
+class UnscorableError(ObimError, ArithmeticError):
+    """Weights or activations that are not finite numbers."""

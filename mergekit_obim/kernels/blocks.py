@@ -1,0 +1,86 @@
+"""Walking over tensors of one shape in cache-sized parts, whatever their strides.
+
+Nothing here depends on how the parts are cut: kernels that use it give the same result
+for every block size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+# Elements in a block: three float32 temporaries of it stay within a core's second-level
+# cache, so that a chain of operations reads and writes main memory once. A GPU wants
+# fewer, larger launches instead.
+CPU_BLOCK = 1 << 16
+DEVICE_BLOCK = 1 << 25
+
+
+@dataclass(frozen=True)
+class Block:
+    """A run of elements that is consecutive in flat order: ``tensor[index]``, from flat index ``start``."""
+
+    index: tuple[int | slice, ...]
+    start: int
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The block of a tensor, as a view; its own flat order is the tensor's."""
+        return tensor[self.index]
+
+    def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """Flat indices of the block's elements, int64, shaped like the block."""
+        like = torch.empty((), device="meta").expand(shape)[self.index]
+        return torch.arange(self.start, self.start + like.numel(), device=device).view(like.shape)
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Scattered elements, given by their flat indices, int64 [n]."""
+
+    flat: torch.Tensor
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The elements at these positions, [n]."""
+        if tensor.is_contiguous():
+            return tensor.view(-1)[self.flat]
+        # Indexing along every axis leaves strided and expanded tensors uncopied.
+        return tensor[torch.unravel_index(self.flat, tensor.shape)]
+
+    def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
+        """The flat indices themselves."""
+        return self.flat
+
+
+Part = Block | Positions
+
+
+def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) -> Iterator[Block]:
+    """Cut a shape into blocks of at most ``limit`` elements, in flat order.
+
+    Leading axes are walked one index at a time until what is left of the tensor is small
+    enough to be cut along its first axis, so a block is always a plain view.
+    """
+    limit = limit or (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK)
+    if 0 in shape:
+        return
+    axis = 0
+    while axis < len(shape) - 1 and math.prod(shape[axis + 1 :]) > limit:
+        axis += 1
+    row = math.prod(shape[axis + 1 :])
+    if not shape:
+        yield Block((), 0)
+        return
+    step = max(1, limit // row)
+    start = 0
+    for flat in range(math.prod(shape[:axis])):
+        leading: list[int] = []
+        for size in reversed(shape[:axis]):
+            flat, index = divmod(flat, size)
+            leading.insert(0, index)
+        for first in range(0, shape[axis], step):
+            last = min(first + step, shape[axis])
+            yield Block((*leading, slice(first, last)), start)
+            start += (last - first) * row

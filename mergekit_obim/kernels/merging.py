@@ -1,0 +1,54 @@
+"""Writing the merged tensor (equations 2 and 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_obim.kernels.blocks import blocks
+from mergekit_obim.kernels.scores import task_vector, working_dtype
+
+
+def merge_owned(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    owner: torch.Tensor,
+    scales: Sequence[float],
+) -> torch.Tensor:
+    """θ_M = θ_B + Σ_k scale_k · m_k ⊙ δ_k (equation 8).
+
+    Where scale_k is 1 the expert's element itself is copied, bit for bit: θ_B + (θ_k − θ_B)
+    would be rounded. Otherwise the sum is computed in float32 (float64 for float64
+    inputs) and rounded once.
+
+    Args:
+        base: θ_B, any shape and floating dtype.
+        experts: θ_k, same shape, dtype and device each.
+        owner: uint8, of the same shape: which expert's element goes where, other values
+            for the base's.
+        scales: λ · weight_k per expert.
+
+    Returns:
+        A new tensor like ``base``.
+    """
+    merged = base.clone(memory_format=torch.contiguous_format)
+    for block in blocks(base.shape, base.device):
+        part = block.of(merged)
+        owned = block.of(owner)
+        for k, (expert, scale) in enumerate(zip(experts, scales)):
+            value = block.of(expert)
+            if scale != 1:
+                start = block.of(base)
+                value = scaled_sum(start, task_vector(value, start), scale)
+            torch.where(owned == k, value, part, out=part)
+    return merged
+
+
+def scaled_sum(base: torch.Tensor, delta: torch.Tensor, scale: float) -> torch.Tensor:
+    """θ_B + scale · δ (equation 2), in δ's dtype and rounded once to the base's. ``delta`` is used up.
+
+    A multiplication and an addition of their own, never a fused one, which rounds once
+    less on some devices.
+    """
+    return delta.mul_(scale).add_(base.to(working_dtype(base.dtype))).to(base.dtype)

@@ -1,0 +1,143 @@
+"""What ranks the positions of one expert's tensor: saliency, magnitude or chance.
+
+Every score is non-negative, and exactly zero where the expert does not differ from the
+base: such a position is never claimed, since claiming it would change nothing and only
+block later experts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from mergekit_obim.kernels.blocks import Part
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The one accumulation dtype: float32 for every checkpoint dtype, float64 for float64 inputs.
+
+    bf16 has 8 significant bits: a difference of two bf16 weights is exact in float32, its
+    square is not in bf16.
+    """
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """δ = θ_k − θ_B (equation 1), in :func:`working_dtype`.
+
+    Args:
+        expert: θ_k, any shape and floating dtype.
+        base: θ_B, same shape, dtype and device.
+    """
+    dtype = working_dtype(base.dtype)
+    # The subtraction is done after the upcast: in bf16 it would be rounded to 8 bits.
+    return expert.to(dtype, copy=True).sub_(base.to(dtype))
+
+
+@dataclass(frozen=True)
+class Saliency:
+    """s = δ² · h: the layer's output error if δ were dropped (equations 5 and 6).
+
+    Attributes:
+        h: E[x²] per input feature and its kin (docs/method.md), float32, broadcastable to
+            the tensor.
+    """
+
+    h: torch.Tensor
+
+    def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
+        h = part.of(self.h.expand(shape)).to(delta.dtype)
+        return delta.square_().mul_(h)
+
+
+@dataclass(frozen=True)
+class GivenScores:
+    """Scores from a dense saliency file: δ²·h, or any other tool's, one per element.
+
+    Attributes:
+        values: Non-negative, of the tensor's shape.
+    """
+
+    values: torch.Tensor
+
+    def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
+        return part.of(self.values).to(delta.dtype).mul_(delta != 0)
+
+
+@dataclass(frozen=True)
+class Magnitude:
+    """s = |δ|: TIES' ranking (the paper's TIES+IM, table 3)."""
+
+    def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
+        return delta.abs_()
+
+
+@dataclass(frozen=True)
+class RandomScores:
+    """A random ranking that depends on the key and the flat index alone (paper, end of section 3.1).
+
+    A counter-based hash and no generator: every part of the tensor can be ranked by
+    itself, on any device, in any order.
+
+    Attributes:
+        key: Any integer of 64 bits; see :func:`random_key`.
+    """
+
+    key: int
+
+    def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
+        bits = _splitmix(part.positions(shape, delta.device), self.key)
+        # The bits of a positive float32 sort like the integer they spell, so 31 random
+        # bits make a ranking without the ties that 24 bits of mantissa would have.
+        # Subnormals are left out: a device may flush them to zero.
+        smallest, largest = 0x00800000, 0x7F7FFFFF
+        spelled = (bits % (largest - smallest) + smallest).to(torch.int32)
+        return spelled.view(torch.float32).to(delta.dtype).mul_(delta != 0)
+
+
+def random_key(*parts: object) -> int:
+    """A 64-bit key from a seed, a tensor's name and whatever else tells two rankings apart."""
+    digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8], "little", signed=True)
+
+
+def _splitmix(counter: torch.Tensor, key: int) -> torch.Tensor:
+    """31 random bits per counter: Steele, Lea and Flood's SplitMix64 finaliser (OOPSLA 2014)."""
+    x = counter * _signed(0x9E3779B97F4A7C15) + key
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return _shift(x ^ _shift(x, 31), 33)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Shift right without copying the sign, which int64's own shift does."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+Criterion = Saliency | GivenScores | Magnitude | RandomScores
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One expert's tensor and what ranks its positions.
+
+    Attributes:
+        expert: θ_k, same shape, dtype and device as ``base``.
+        base: θ_B.
+        criterion: Ranks the positions.
+    """
+
+    expert: torch.Tensor
+    base: torch.Tensor
+    criterion: Criterion
+
+    def scores(self, part: Part) -> torch.Tensor:
+        """Scores of a part of the tensor, in the working dtype, shaped like the part."""
+        delta = task_vector(part.of(self.expert), part.of(self.base))
+        return self.criterion(delta, part, self.base.shape)
