@@ -1,0 +1,260 @@
+"""The saliency file, format 1: how the pre-pass and the merge talk to each other.
+
+One safetensors file per expert, each tensor named as the weight it scores. The
+specification, for other tools that want to write such files, is docs/saliency_format.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors import SafetensorError, safe_open
+
+from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
+from mergekit_obim.fingerprint import Fingerprint
+
+FORMAT = "mergekit-obim-saliency"
+FORMAT_VERSION = "1"
+# The name under which a model's own folder or repository carries its saliency.
+PUBLISHED_NAME = "obim_saliency.safetensors"
+_REQUIRED = ("format", "format_version", "form", "model")
+_JSON_KEYS = ("calibration", "unscored", "fingerprint")
+_LONGEST_NAME = 120
+
+
+class SaliencyMetadata(BaseModel):
+    """The header of a saliency file. Only the first two fields have no default; the rest may be empty.
+
+    Attributes:
+        form: ``factored`` holds h, to be multiplied by δ² (equations 5 and 6); ``dense`` holds δ²·h.
+        model: The model reference that was measured.
+        revision: Its revision, if it has one.
+        architecture: The model's class name in its configuration.
+        calibration: What it was measured on.
+        unscored: Weights that have no entry, and why.
+        fingerprint: Per stored tensor of the measured checkpoint, a sample of its values.
+        mergekit_obim_version: The version that wrote the file.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    form: Literal["factored", "dense"]
+    model: str
+    revision: str = ""
+    architecture: str = ""
+    calibration: dict[str, Any] = {}
+    unscored: dict[str, str] = {}
+    fingerprint: dict[str, Fingerprint] = {}
+    mergekit_obim_version: str = ""
+
+    @field_validator(*_JSON_KEYS, mode="before")
+    @classmethod
+    def _parse_json(cls, value: Any) -> Any:
+        return json.loads(value) if isinstance(value, str) else value
+
+    def to_header(self) -> dict[str, str]:
+        """All-string key–value pairs, JSON where a value has structure."""
+        values = self.model_dump(mode="json")
+        for key in _JSON_KEYS:
+            values[key] = json.dumps(values[key], sort_keys=True)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+
+def saliency_file_name(model: str) -> str:
+    """A model reference made safe for a file name, and unique: what the pre-pass writes.
+
+    A reference in plain characters keeps its parts readable; where something had to be
+    dropped, a short hash of the whole reference keeps two models from sharing a file.
+
+    >>> saliency_file_name("./models/math")
+    'models--math.safetensors'
+    >>> saliency_file_name("org/model@v1+org/lora")
+    'org--model@v1+org--lora.safetensors'
+    """
+    plain = "+".join(
+        part.removeprefix("./").rstrip("/").replace("/", "--") for part in model.split("+")
+    )
+    safe = re.sub(r"[^A-Za-z0-9._@+-]", "_", plain).lstrip(".-")[-_LONGEST_NAME:].lstrip(".-")
+    if safe != plain or "--" in model:
+        safe += "-" + hashlib.sha256(model.encode()).hexdigest()[:8]
+    return safe + ".safetensors"
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Write a file whole or not at all: to a temporary name beside it, then renamed over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes private files; a saliency file is as readable as any other output.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def write_saliency(
+    path: str | os.PathLike[str],
+    shapes: Mapping[str, Sequence[int]],
+    read: Callable[[str], torch.Tensor],
+    metadata: SaliencyMetadata,
+) -> None:
+    """Write a saliency file, whole or not at all, one tensor in memory at a time.
+
+    safetensors' own writer wants every tensor at once, which a dense file the size of
+    the model forbids, and orders the metadata differently in each process; the same
+    measurement should give the same bytes.
+
+    Args:
+        path: Where to write; its folder is made if needed.
+        shapes: Shape of every entry.
+        read: Gives an entry, converted to float32 here if it is not.
+        metadata: The header.
+
+    Raises:
+        SaliencyFileError: An entry is not finite, negative, or not of the promised shape.
+    """
+    path = Path(path)
+    header: dict[str, Any] = {"__metadata__": metadata.to_header()}
+    offset = 0
+    for name in sorted(shapes):
+        size = 4 * math.prod(shapes[name])
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(shapes[name]),
+            "data_offsets": [offset, offset + size],
+        }
+        offset += size
+    encoded = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with atomic_write(path) as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for name in sorted(shapes):
+            tensor = read(name).detach().to("cpu", torch.float32).contiguous()
+            if tensor.shape != torch.Size(shapes[name]):
+                raise SaliencyFileError(
+                    f"{path}: entry {name} has shape {list(tensor.shape)}, "
+                    f"but {list(shapes[name])} was announced"
+                )
+            _check_values(tensor, path, metadata.model, name)
+            file.write(memoryview(tensor.view(-1).numpy()).cast("B") if tensor.numel() else b"")
+
+
+def _check_values(tensor: torch.Tensor, path: Path, model: str, name: str) -> None:
+    if not tensor.numel():
+        return
+    low, high = tensor.aminmax()
+    # NaN compares false either way, so one pass finds all three faults.
+    if not (low >= 0 and high < math.inf):
+        found = "negative values" if low < 0 else "values that are not finite"
+        raise SaliencyFileError(
+            f"{path}: the saliency of {name} (model {model}) has {found}; "
+            "measure it again with obim-saliency --overwrite"
+        )
+
+
+class SaliencyFile:
+    """A saliency file opened for reading; entries are read when asked for.
+
+    Attributes:
+        path: The file.
+        metadata: Its header.
+        shapes: Shape of every entry.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        """Open a file and check its header.
+
+        Raises:
+            SaliencyNotFoundError: There is no such file.
+            SaliencyFileError: It is truncated, no safetensors file, not of this format or
+                version, lacks a required key, or has entries that are not float32.
+        """
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise SaliencyNotFoundError(
+                f"{self.path}: no such saliency file; write one with "
+                f"`obim-saliency RECIPE {self.path.parent}`"
+            )
+        try:
+            self._file = safe_open(str(self.path), framework="pt", device="cpu")
+            header = self._file.metadata() or {}
+            names = list(self._file.keys())
+            slices = {name: self._file.get_slice(name) for name in names}
+        except (SafetensorError, OSError, ValueError) as error:
+            raise SaliencyFileError(
+                f"{self.path}: not a readable safetensors file ({error}); it may be truncated: "
+                "write it again with obim-saliency --overwrite"
+            ) from error
+        self.metadata = self._parse(header)
+        for name, view in slices.items():
+            if view.get_dtype() != "F32":
+                raise SaliencyFileError(
+                    f"{self.path}: entry {name} (model {self.metadata.model}) is "
+                    f"{view.get_dtype()}; format {FORMAT_VERSION} wants float32"
+                )
+        self.shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
+
+    def _parse(self, header: Mapping[str, str]) -> SaliencyMetadata:
+        missing = [key for key in _REQUIRED if key not in header]
+        if missing or header["format"] != FORMAT:
+            raise SaliencyFileError(
+                f"{self.path}: not a saliency file: "
+                + (
+                    f"the metadata lacks {', '.join(missing)}"
+                    if missing
+                    else f"its format is {header['format']!r}, not {FORMAT!r}"
+                )
+                + "; docs/saliency_format.md says what a file must have"
+            )
+        if header["format_version"] != FORMAT_VERSION:
+            raise SaliencyFileError(
+                f"{self.path}: saliency format version {header['format_version']!r}; this "
+                f"mergekit-obim reads version {FORMAT_VERSION}: upgrade it, or measure "
+                f"{header['model']} again"
+            )
+        try:
+            return SaliencyMetadata.model_validate(header)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise SaliencyFileError(
+                f"{self.path}: metadata {'.'.join(map(str, first['loc']))} of model "
+                f"{header['model']}: {first['msg']}"
+            ) from error
+
+    def check_values(self) -> None:
+        """Read every entry once.
+
+        Raises:
+            SaliencyFileError: An entry has negative or non-finite values.
+        """
+        for name in self.shapes:
+            _check_values(self[name], self.path, self.metadata.model, name)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """An entry, float32 on the CPU; mapped from the file, so read it but don't write to it."""
+        # Not get_slice(): that one follows torch's default device, which mergekit sets.
+        tensor: torch.Tensor = self._file.get_tensor(name)
+        return tensor
