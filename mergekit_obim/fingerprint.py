@@ -28,7 +28,7 @@ class Fingerprint(BaseModel):
 
 
 def sample_positions(numel: int) -> torch.Tensor:
-    """Flat indices that a fingerprint samples, int64: 16 evenly spaced runs of 4, first and last included."""
+    """Flat indices that a fingerprint samples, int64: 16 runs of 4, from the first to the last."""
     if numel <= _RUNS * _RUN_LENGTH:
         return torch.arange(numel, device="cpu")
     starts = [(numel - _RUN_LENGTH) * run // (_RUNS - 1) for run in range(_RUNS)]

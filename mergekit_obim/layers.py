@@ -21,7 +21,11 @@ _BEFORE_BLOCKS = re.compile(r"embed(?!_out)|(?:^|\.)(?:wte|wpe|shared|project_in
 
 
 def block_of(name: str) -> tuple[str, int] | None:
-    """The stack of blocks and the number in it: ``model.layers.3.mlp…`` → ``("model.layers", 3)``."""
+    """The stack of blocks and the number in it.
+
+    >>> block_of("model.layers.3.mlp.up_proj.weight")
+    ('model.layers', 3)
+    """
     match = _BLOCK.search(name)
     return (name[: match.start()], int(match.group(1))) if match else None
 
@@ -67,7 +71,7 @@ def layer_indices(names: Iterable[str]) -> dict[str, int]:
 
 def _shared_prefix(a: Sequence[str], b: Sequence[str]) -> int:
     shared = 0
-    for left, right in zip(a, b):
+    for left, right in zip(a, b, strict=False):
         if left != right:
             break
         shared += 1

@@ -18,11 +18,12 @@ import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from mergekit import merge_methods
-from mergekit.common import ImmutableMap, ModelReference
+from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import (
     BasePolicy,
@@ -39,7 +40,7 @@ from mergekit.merge_methods.base import (
 )
 from pydantic import ValidationError
 
-from mergekit_obim.errors import ObimError, RecipeError, SaliencyFileError, UnscorableError
+from mergekit_obim.errors import RecipeError, SaliencyFileError, UnscorableError
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import (
@@ -70,7 +71,7 @@ _PLANNED = ("tensor_name", "vocabulary_rows", "layer")
 _DENSITY_SLACK = 1e-6
 
 
-class _Parameter(ParameterSpec):  # type: ignore[misc]
+class _Parameter(ParameterSpec):
     """A parameter whose wrong values end in one line and not in pydantic's traceback."""
 
     def validate(self, value: Any) -> Any:
@@ -152,7 +153,7 @@ class VocabularyRows:
         return h.movedim(0, self.axis)
 
 
-class _SaliencyMethod(GroupMergeMethod):  # type: ignore[misc]
+class _SaliencyMethod(GroupMergeMethod):
     """What obim and ties_obm share: parameters, saliency look-up, fall-backs."""
 
     densities_share_positions = False
@@ -194,9 +195,7 @@ class _SaliencyMethod(GroupMergeMethod):  # type: ignore[misc]
         # name too. Every group is checked before the first is merged.
         if not any(_is_planned(group) for group in groups):
             parameters = _plan_in_memory(self, groups, parameters)
-        return cast(
-            tuple[torch.Tensor, ...], super()._execute(groups, parameters, options, **dtypes)
-        )
+        return super()._execute(groups, parameters, options, **dtypes)
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
         """Merge the inputs of one tensor."""
@@ -224,6 +223,7 @@ class _SaliencyMethod(GroupMergeMethod):  # type: ignore[misc]
         self, group: TensorGroup, parameters: Mapping[str, Any]
     ) -> tuple[list[Candidate], list[float]]:
         """Every expert's candidate and density, in the recipe's order."""
+        assert group.base is not None  # validate_inputs saw to it
         default = 1 / len(group.non_base)
         candidates, densities = [], []
         for k, entry in enumerate(group.non_base):
@@ -247,7 +247,7 @@ class Obim(_SaliencyMethod):
             order = rotate(order, parameters["layer"] or 0)
         owner = exclusive_masks(candidates, densities, order)
         scales = [parameters["weight"][e.id] * parameters["lambda"] for e in group.non_base]
-        return merge_owned(group.base.tensor, [c.expert for c in candidates], owner, scales)
+        return merge_owned(candidates[0].base, [c.expert for c in candidates], owner, scales)
 
 
 class TiesObm(_SaliencyMethod):
@@ -334,7 +334,7 @@ def _saliency_of(model: Hashable, setting: str | None) -> SaliencyFile:
     return open_saliency(_locate(setting, str(model)))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _locate(setting: str | None, model: str) -> Any:
     tasks = sys.modules.get("mergekit.io.tasks")
     cache_dir = tasks.LoaderCache().hf_cache_dir if tasks else None
@@ -352,7 +352,7 @@ def _check_shape(
         fits = shape == weight
     else:
         fits = len(shape) <= len(weight) and all(
-            size in (1, full) for size, full in zip(reversed(shape), reversed(weight))
+            size in (1, full) for size, full in zip(reversed(shape), reversed(weight), strict=False)
         )
     if not fits:
         rule = "must have the weight's shape" if file.metadata.form == "dense" else "must broadcast"
@@ -413,7 +413,7 @@ def _plan_tensor(
     densities = [i.parameters["density"] for i in inputs]
     densities = [1 / len(inputs) if density is None else density for density in densities]
     if method.densities_share_positions and sum(densities) > 1 + _DENSITY_SLACK:
-        listed = ", ".join(f"{i.model} {d:.4g}" for i, d in zip(inputs, densities))
+        listed = ", ".join(f"{i.model} {d:.4g}" for i, d in zip(inputs, densities, strict=True))
         raise RecipeError(
             f"tensor {output}: the densities sum to {sum(densities):.4g}, over 1 ({listed}; left "
             f"out means 1/{len(inputs)}): experts share each tensor's positions, so lower them"
@@ -443,7 +443,7 @@ def _plan_in_memory(
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
     fallbacks = _Fallbacks()
     planned = []
-    for group, values in zip(groups, parameters):
+    for group, values in zip(groups, parameters, strict=True):
         name = group.metadata.name
         inputs = [
             _Input(
@@ -472,7 +472,7 @@ def _check_group_fingerprints(
     groups: Sequence[TensorGroup], parameters: Sequence[Mapping[str, Any]]
 ) -> None:
     tensors: dict[tuple[Hashable, SaliencyFile], dict[str, torch.Tensor]] = defaultdict(dict)
-    for group, values in zip(groups, parameters):
+    for group, values in zip(groups, parameters, strict=True):
         for entry in group.non_base:
             if values["criterion"][entry.id] == "saliency":
                 file = _saliency_of(entry.id, values["saliency"][entry.id])
@@ -489,10 +489,10 @@ def _wrap_planners() -> None:
     raw = sys.modules.get("mergekit.scripts.merge_raw_pytorch")
     # Run as `python -m`, the script's module goes by another name.
     main = sys.modules.get("__main__")
-    for module in (raw, main):
+    for module in filter(None, (raw, main)):
         original = getattr(module, "construct_param_dicts", None)
         if original and not hasattr(original, "__wrapped__"):
-            setattr(module, "construct_param_dicts", _checked_param_dicts(original, module))
+            vars(module)["construct_param_dicts"] = _checked_param_dicts(original, module)
 
 
 def _checked_plan_module(original: Any) -> Any:
@@ -604,6 +604,12 @@ def _plan_tasks(
     return result
 
 
+def _stored(loader: LazyTensorLoader, name: str) -> torch.Tensor:
+    tensor = loader.get_tensor(name)
+    assert tensor is not None  # it raises before
+    return tensor
+
+
 def _verify_once(
     verified: set[tuple[ModelReference, SaliencyFile]],
     loader: LazyTensorLoader,
@@ -614,7 +620,7 @@ def _verify_once(
         return
     file = _saliency_of(model, parameters["saliency"])
     if (model, file) not in verified:
-        check_measured_on(file, str(model), loader.index.tensor_paths, loader.get_tensor)
+        check_measured_on(file, str(model), loader.index.tensor_paths, partial(_stored, loader))
         verified.add((model, file))
 
 
@@ -643,7 +649,7 @@ def _vocabulary_rows(task: Any, weight: Any, i: _Input, name: str) -> Vocabulary
         from mergekit.io.tasks import LoaderCache
 
         sizes = [
-            LoaderCache().get(model).get_tensor(info.name).shape[axis]
+            _stored(LoaderCache().get(model), info.name).shape[axis]
             for model, info in task.gather_tensors.weight_info.items()
             if info.name in LoaderCache().get(model).index.tensor_paths
         ]

@@ -34,10 +34,11 @@ _LONGEST_NAME = 120
 
 
 class SaliencyMetadata(BaseModel):
-    """The header of a saliency file. Only the first two fields have no default; the rest may be empty.
+    """The header of a saliency file. Only the first two fields have no default.
 
     Attributes:
-        form: ``factored`` holds h, to be multiplied by δ² (equations 5 and 6); ``dense`` holds δ²·h.
+        form: ``factored`` holds h, to be multiplied by δ² (equations 5 and 6); ``dense``
+            holds δ²·h.
         model: The model reference that was measured.
         revision: Its revision, if it has one.
         architecture: The model's class name in its configuration.
@@ -156,7 +157,7 @@ def write_saliency(
                     f"but {list(shapes[name])} was announced"
                 )
             _check_values(tensor, path, metadata.model, name)
-            file.write(memoryview(tensor.view(-1).numpy()).cast("B") if tensor.numel() else b"")
+            tensor.numpy().tofile(file)
 
 
 def _check_values(tensor: torch.Tensor, path: Path, model: str, name: str) -> None:

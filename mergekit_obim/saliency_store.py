@@ -22,8 +22,8 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
     """Find the saliency file of one expert.
 
     Args:
-        setting: The recipe's ``saliency``: a file, a folder of files, ``org/repo[/file][@revision]``
-            on the Hub, or None for the file that the model itself carries.
+        setting: The recipe's ``saliency``: a file, a folder of files,
+            ``org/repo[/file][@revision]`` on the Hub, or None for the model's own file.
         model: The expert's reference, ``model[@revision][+lora[@revision]]``.
         cache_dir: The Hub cache to use, None for the default one.
 
@@ -32,10 +32,10 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
     """
     if setting is None:
         # With an adapter, the statistics belong to the adapter's folder, not to its base's.
-        setting, names = model.split("+")[-1], (PUBLISHED_NAME,)
+        setting, names = model.split("+")[-1], [PUBLISHED_NAME]
         where = f"the recipe sets no `saliency`, and {setting} carries no {PUBLISHED_NAME}"
     else:
-        names = (saliency_file_name(model), PUBLISHED_NAME)
+        names = [saliency_file_name(model), PUBLISHED_NAME]
         where = f"`saliency: {setting}` has no file for it"
     wanted = " or ".join(names)
     local = Path(setting.split("@")[0])
@@ -49,7 +49,7 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
                 return local / name
         where += f" ({wanted} in {local})"
     elif hub := _HUB.fullmatch(setting):
-        names = (hub["file"],) if hub["file"] else tuple(reversed(names))
+        names = [hub["file"]] if hub["file"] else names[::-1]
         found = _download(hub["repo"], names, hub["revision"], cache_dir)
         if found:
             return found
@@ -61,7 +61,7 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
 
 
 def _download(
-    repo: str, names: tuple[str, ...], revision: str | None, cache_dir: str | None
+    repo: str, names: list[str], revision: str | None, cache_dir: str | None
 ) -> Path | None:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

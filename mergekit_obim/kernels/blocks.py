@@ -21,7 +21,12 @@ DEVICE_BLOCK = 1 << 25
 
 @dataclass(frozen=True)
 class Block:
-    """A run of elements that is consecutive in flat order: ``tensor[index]``, from flat index ``start``."""
+    """A run of elements that follow each other in flat order.
+
+    Attributes:
+        index: ``tensor[index]`` is the block, a view.
+        start: The flat index of its first element.
+    """
 
     index: tuple[int | slice, ...]
     start: int

@@ -36,7 +36,7 @@ def merge_owned(
     for block in blocks(base.shape, base.device):
         part = block.of(merged)
         owned = block.of(owner)
-        for k, (expert, scale) in enumerate(zip(experts, scales)):
+        for k, (expert, scale) in enumerate(zip(experts, scales, strict=True)):
             value = block.of(expert)
             if scale != 1:
                 start = block.of(base)
@@ -46,7 +46,7 @@ def merge_owned(
 
 
 def scaled_sum(base: torch.Tensor, delta: torch.Tensor, scale: float) -> torch.Tensor:
-    """θ_B + scale · δ (equation 2), in δ's dtype and rounded once to the base's. ``delta`` is used up.
+    """θ_B + scale · δ (equation 2), in δ's dtype, rounded once to the base's; uses up ``delta``.
 
     A multiplication and an addition of their own, never a fused one, which rounds once
     less on some devices.

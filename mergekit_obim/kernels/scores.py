@@ -76,7 +76,7 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class RandomScores:
-    """A random ranking that depends on the key and the flat index alone (paper, end of section 3.1).
+    """A random ranking, by key and flat index alone (paper, end of section 3.1).
 
     A counter-based hash and no generator: every part of the tensor can be ranked by
     itself, on any device, in any order.

@@ -81,7 +81,7 @@ def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[flo
 def _claim_between(
     owner: torch.Tensor, label: int, count: int, candidate: Candidate, low: float, high: float
 ) -> int | None:
-    """Claim every free score above ``high`` and the best in [low, high]; None if the bracket is wrong."""
+    """Claim every free score above ``high`` and the best in [low, high]; None if that misses."""
     dtype = working_dtype(candidate.base.dtype)
     # Only the part that is written to takes memory.
     inside = torch.empty(owner.numel(), dtype=dtype, device=owner.device)

@@ -18,7 +18,7 @@ from mergekit_obim.kernels.selection import FREE, claim_top
 
 
 def trim(candidate: Candidate, density: float) -> torch.Tensor:
-    """TIES' first step: a bool mask of the top share of one task vector, ranked by its criterion."""
+    """TIES' first step: a bool mask of the top share of one task vector."""
     kept = torch.full_like(
         candidate.base, FREE, dtype=torch.uint8, memory_format=torch.contiguous_format
     )
@@ -49,18 +49,20 @@ def merge_ties(
         A new tensor like the base.
     """
     base = candidates[0].base
-    kept = [trim(candidate, density) for candidate, density in zip(candidates, densities)]
+    kept = [
+        trim(candidate, density) for candidate, density in zip(candidates, densities, strict=True)
+    ]
     merged = base.clone(memory_format=torch.contiguous_format)
     for block in blocks(base.shape, base.device):
         start = block.of(base)
         trimmed = [
             task_vector(block.of(c.expert), start).mul_(block.of(mask)).mul_(weight)
-            for c, mask, weight in zip(candidates, kept, weights)
+            for c, mask, weight in zip(candidates, kept, weights, strict=True)
         ]
         positive = torch.stack(trimmed).sum(0) >= 0
         total = torch.zeros_like(trimmed[0])
         divisor = torch.zeros_like(total)
-        for tau, weight in zip(trimmed, weights):
+        for tau, weight in zip(trimmed, weights, strict=True):
             agrees = torch.where(positive, tau > 0, tau < 0)
             total += tau.mul_(agrees)
             divisor += agrees.mul(weight)

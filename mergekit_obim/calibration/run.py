@@ -1,0 +1,402 @@
+"""Measuring one expert, from its recipe entry to its saliency file."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from mergekit.common import ModelReference, get_auto_cls
+from mergekit.io import LazyTensorLoader
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from mergekit_obim import __version__
+from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.data import TokenizedCalibration, batches, prepare
+from mergekit_obim.calibration.names import weight_names
+from mergekit_obim.calibration.spec import Calibration, Expert
+from mergekit_obim.errors import CalibrationError, DeviceMemoryError, SaliencyFileError
+from mergekit_obim.fingerprint import Fingerprint, fingerprint
+from mergekit_obim.kernels.scores import task_vector
+from mergekit_obim.saliency_file import (
+    SaliencyFile,
+    SaliencyMetadata,
+    saliency_file_name,
+    write_saliency,
+)
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LOG = logging.getLogger("mergekit_obim")
+
+# `batch_size: auto` fills forward passes up to this many tokens: enough to keep a CPU or a
+# GPU busy, little enough that the activations stay small beside the weights.
+_AUTO_TOKENS = 2048
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how to run; nothing here changes what is measured, but for rounding.
+
+    Attributes:
+        device: Where the whole model goes.
+        device_map: accelerate's placement instead (``auto``, …), with ``max_memory``.
+        dense: Write δ²·h per weight instead of h.
+        overwrite: Replace a file that was made from something else.
+    """
+
+    device: str = "cpu"
+    device_map: str | None = None
+    max_memory: Mapping[int | str, str] = field(default_factory=dict)
+    dense: bool = False
+    overwrite: bool = False
+    trust_remote_code: bool = False
+    transformers_cache: str | None = None
+    lora_merge_cache: str | None = None
+    quiet: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What became of one expert.
+
+    Attributes:
+        kept: The file was there already, made from the same weights, data and settings.
+        scored: How many tensors have a saliency.
+        unscored: The others, and why.
+        warnings: What the user should know beside that.
+    """
+
+    model: str
+    path: Path
+    kept: bool
+    scored: int
+    unscored: Mapping[str, str]
+    samples: int
+    tokens: int
+    warnings: list[str]
+
+
+def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptions) -> Measured:
+    """Run an expert over its calibration data and write its saliency file.
+
+    Args:
+        expert: Who is measured, on what.
+        base_model: The recipe's base, for its tokenizer where the expert has none, and for
+            dense files.
+        out_dir: The folder to write ``<model-name>.safetensors`` to.
+        options: Where and how.
+
+    Raises:
+        CalibrationError: The data or the model cannot give a saliency.
+        SaliencyFileError: There is a file already that was made from something else.
+        DeviceMemoryError: The model or its activations do not fit.
+    """
+    path = out_dir / saliency_file_name(expert.model)
+    reference = ModelReference.model_validate(expert.reference)
+    base = ModelReference.model_validate(base_model)
+    config = _config(reference, options)
+    weights = _Weights(expert.model, reference, options)
+    tokenizer = _tokenizer(expert.model, [reference, base], options)
+    calibration = expert.calibration
+    data = prepare(calibration, tokenizer, expert.model, _length_limit(tokenizer))
+    wanted = SaliencyMetadata(
+        form="dense" if options.dense else "factored",
+        model=expert.model,
+        revision=reference.model.revision or getattr(config, "_commit_hash", None) or "",
+        architecture=(config.architectures or [""])[0],
+        calibration=_record(calibration, data, config),
+        fingerprint=weights.fingerprints(),
+        mergekit_obim_version=__version__,
+    )
+    if options.dense:
+        wanted.calibration["base"] = str(base)
+    if path.exists() and (kept := _kept(path, wanted, options.overwrite)):
+        return Measured(
+            expert.model,
+            path,
+            True,
+            len(kept.shapes),
+            kept.metadata.unscored,
+            wanted.calibration["samples"],
+            data.tokens,
+            data.warnings,
+        )
+    model = _load(expert.model, weights.merged, config, calibration, options)
+    try:
+        capture = _run(model, data, expert, options)
+        h, unscored = _entries(model, capture, weights)
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(expert.model, options, "its activations do") from error
+    metadata = wanted.model_copy(update={"unscored": unscored})
+    if options.dense:
+        del model
+        base_weights = _Weights(str(base), base, options)
+        dense = _DenseScores(h, weights, base_weights)
+        write_saliency(path, dense.shapes, dense.read, metadata)
+    else:
+        write_saliency(path, {name: x.shape for name, x in h.items()}, h.__getitem__, metadata)
+    return Measured(
+        expert.model,
+        path,
+        False,
+        len(h),
+        unscored,
+        wanted.calibration["samples"],
+        data.tokens,
+        data.warnings,
+    )
+
+
+class _Weights:
+    """An expert's checkpoint as mergekit reads it, adapters merged into it."""
+
+    def __init__(self, label: str, reference: ModelReference, options: RunOptions):
+        if reference.lora and not options.lora_merge_cache:
+            raise CalibrationError(
+                f"model {label}: an adapter has to be merged into its model first: give "
+                "--lora-merge-cache DIR, and the same to mergekit-yaml"
+            )
+        self.label = label
+        try:
+            self.merged = reference.merged(
+                cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code
+            )
+            self.loader: LazyTensorLoader = self.merged.lazy_loader(
+                cache_dir=options.transformers_cache, lazy_unpickle=False
+            )
+        except Exception as error:  # whatever transformers, peft, or the Hub raise
+            raise CalibrationError(f"model {label}: cannot be read: {_one_line(error)}") from error
+
+    @property
+    def names(self) -> list[str]:
+        return list(self.loader.index.tensor_paths)
+
+    def load(self, name: str) -> torch.Tensor:
+        tensor = self.loader.get_tensor(name)
+        assert tensor is not None  # it raises before
+        return tensor
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """A sample of every stored floating-point weight."""
+        prints = {}
+        for name in self.names:
+            tensor = self.load(name)
+            if tensor.is_floating_point():
+                prints[name] = fingerprint(tensor)
+        self.loader.flush()
+        return prints
+
+
+def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
+    try:
+        config = reference.config(trust_remote_code=options.trust_remote_code)
+    except Exception as error:
+        raise CalibrationError(
+            f"model {reference}: neither a model folder nor a model on the Hub: {_one_line(error)}"
+        ) from error
+    if getattr(config, "quantization_config", None):
+        raise CalibrationError(
+            f"model {reference}: is quantised, which mergekit cannot merge: use the full-precision "
+            "checkpoint that it was made from"
+        )
+    return config
+
+
+def _tokenizer(
+    label: str, references: list[ModelReference], options: RunOptions
+) -> PreTrainedTokenizerBase:
+    """The expert's own tokenizer, or that of the model its adapter is for, or the base's."""
+    places = [
+        place for reference in references for place in (reference.lora, reference.model) if place
+    ]
+    problems = []
+    for place in places:
+        try:
+            return cast(
+                "PreTrainedTokenizerBase",
+                AutoTokenizer.from_pretrained(
+                    place.path,
+                    revision=place.revision,
+                    trust_remote_code=options.trust_remote_code,
+                    cache_dir=options.transformers_cache,
+                ),
+            )
+        except Exception as error:
+            problems.append(f"{place}: {_one_line(error)}")
+    raise CalibrationError(f"model {label}: no tokenizer found ({'; '.join(problems)})")
+
+
+def _length_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The longest sequence the model takes; a tokenizer that doesn't know has a huge number."""
+    limit = int(tokenizer.model_max_length)
+    return limit if limit < 1 << 24 else None
+
+
+def _record(
+    calibration: Calibration, data: TokenizedCalibration, config: PretrainedConfig
+) -> dict[str, Any]:
+    """What the measurement depends on beside the weights; the batch size is not among it."""
+    dtype = calibration.dtype or getattr(config, "dtype", None) or "float32"
+    return {
+        "sources": data.sources,
+        "content_hash": data.content_hash,
+        "samples": sum(source["sampled"] for source in data.sources),
+        "tokens": data.tokens,
+        "max_length": calibration.max_length,
+        "seed": calibration.seed,
+        "packing": calibration.packing,
+        "template": data.template,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile | None:
+    """The file that is there, if it is what would be written; None if it is to be replaced."""
+    try:
+        there = SaliencyFile(path)
+    except SaliencyFileError:
+        if overwrite:
+            return None
+        raise
+    has, wants = there.metadata, wanted
+    differing = [
+        name
+        for name in ("model", "revision", "form", "fingerprint")
+        if getattr(has, name) != getattr(wants, name)
+    ]
+    differing += [
+        f"calibration {name}"
+        for name in sorted({*has.calibration, *wants.calibration})
+        if has.calibration.get(name) != wants.calibration.get(name)
+    ]
+    if not differing:
+        return there
+    if overwrite:
+        return None
+    raise SaliencyFileError(
+        f"{path}: was made for model {has.model} from something else (another "
+        f"{', '.join(differing).replace('fingerprint', 'set of weights')}); measure again with "
+        "--overwrite, or write to another folder"
+    )
+
+
+def _load(
+    label: str,
+    merged: ModelReference,
+    config: PretrainedConfig,
+    calibration: Calibration,
+    options: RunOptions,
+) -> PreTrainedModel:
+    placement: dict[str, Any] = {}
+    if options.device_map:
+        placement = {
+            "device_map": options.device_map,
+            "max_memory": dict(options.max_memory) or None,
+            "offload_folder": os.path.join(options.transformers_cache or ".", "obim_offload"),
+        }
+    try:
+        model = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
+            merged.model.path,
+            revision=merged.model.revision,
+            dtype=calibration.dtype or "auto",
+            trust_remote_code=options.trust_remote_code,
+            cache_dir=options.transformers_cache,
+            **placement,
+        )
+        if not options.device_map:
+            cast("torch.nn.Module", model).to(options.device)
+    except torch.OutOfMemoryError as error:
+        raise _does_not_fit(label, options, "it does") from error
+    except Exception as error:
+        raise CalibrationError(f"model {label}: cannot be loaded: {_one_line(error)}") from error
+    return cast("PreTrainedModel", model.eval())
+
+
+def _does_not_fit(label: str, options: RunOptions, what: str) -> DeviceMemoryError:
+    return DeviceMemoryError(
+        f"model {label}: {what} not fit {options.device_map or options.device}; try "
+        "--batch-size 1, a smaller --max-length, --dtype bfloat16, --device-map auto with "
+        "--max-memory, or --device cpu"
+    )
+
+
+def _run(
+    model: PreTrainedModel, data: TokenizedCalibration, expert: Expert, options: RunOptions
+) -> CurvatureCapture:
+    """Every batch through the model once; nothing is kept of a batch but its sums."""
+    device = model.device if options.device_map else torch.device(options.device)
+    capture = CurvatureCapture(model, skip_logits=True)
+    size = expert.calibration.batch_size
+    progress = tqdm(
+        total=data.tokens, desc=f"Measuring {expert.model}", unit="tok", disable=options.quiet
+    )
+    with progress, torch.no_grad(), capture:
+        for batch in batches(data.sequences, _AUTO_TOKENS if size == "auto" else size):
+            longest = len(batch[0])
+            step = max(1, _AUTO_TOKENS // longest) if size == "auto" else size
+            for start in range(0, len(batch), step):
+                rows = batch[start : start + step]
+                try:
+                    model(input_ids=torch.tensor(rows, device=device), use_cache=False)
+                except (CalibrationError, torch.OutOfMemoryError):
+                    raise
+                except Exception as error:
+                    raise CalibrationError(
+                        f"model {expert.model}: its forward pass failed on calibration data: "
+                        f"{_one_line(error)}"
+                    ) from error
+                progress.update(len(rows) * longest)
+    return capture
+
+
+def _entries(
+    model: PreTrainedModel, capture: CurvatureCapture, weights: _Weights
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """h under every name that a merge may ask for it, and why the other weights have none."""
+    names = weight_names(model, weights.names)
+    h = {
+        name: curvature.h
+        for parameter, curvature in capture.curvatures().items()
+        for name in names[parameter]
+    }
+    unscored = {names[parameter][0]: reason for parameter, reason in capture.unscored().items()}
+    return h, unscored
+
+
+class _DenseScores:
+    """δ²·h per weight, computed when it is written."""
+
+    def __init__(self, h: Mapping[str, torch.Tensor], expert: _Weights, base: _Weights):
+        self.h, self.expert, self.base = h, expert, base
+        self.shapes = {}
+        for name in h:
+            for weights in (expert, base):
+                if name not in weights.loader.index.tensor_paths:
+                    raise CalibrationError(
+                        f"model {weights.label}: tensor {name} is stored in another layout, which "
+                        "--dense cannot write; leave --dense out"
+                    )
+            shapes = [w.load(name).shape for w in (expert, base)]
+            if shapes[0] != shapes[1]:
+                raise CalibrationError(
+                    f"tensor {name} is {list(shapes[0])} in {expert.label} but {list(shapes[1])} "
+                    f"in the base {base.label}: --dense needs the same shape"
+                )
+            self.shapes[name] = shapes[0]
+
+    def read(self, name: str) -> torch.Tensor:
+        expert = self.expert.load(name)
+        delta = task_vector(expert, self.base.load(name).to(expert.dtype))
+        return delta.square_().mul_(self.h[name])
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else text[:297] + "…"

@@ -1,0 +1,193 @@
+"""``obim-saliency``: the pre-pass that measures every expert of a recipe."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mergekit_obim import __version__
+from mergekit_obim.errors import RecipeError
+
+# torch, transformers and mergekit are imported where they are needed: --help and a faulty
+# recipe should answer at once.
+if TYPE_CHECKING:
+    from mergekit_obim.calibration.run import Measured
+
+    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
+else:
+    ParamType = click.ParamType
+
+_GROUPS = {
+    "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
+    "Output": ("dense", "overwrite", "quiet", "verbosity"),
+    "Hardware": ("device", "device_map", "max_memory"),
+    "Storage": ("transformers_cache", "lora_merge_cache"),
+    "Dangerous Options": ("trust_remote_code",),
+}
+
+
+class GroupedHelp(click.Command):
+    """Help in groups, in mergekit-yaml's manner."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        params = {param.name: param for param in self.get_params(ctx)}
+        groups = {
+            **_GROUPS,
+            "Other": [name for name in params if all(name not in g for g in _GROUPS.values())],
+        }
+        for title, names in groups.items():
+            records = [params[name].get_help_record(ctx) for name in names]
+            if any(records):
+                with formatter.section(title):
+                    formatter.write_dl([record for record in records if record])
+
+
+class BatchSize(ParamType):
+    """A positive number, or ``auto``."""
+
+    name = "integer|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value if value == "auto" else int(value)
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+
+
+class DeviceMemory(ParamType):
+    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``."""
+
+    name = "device=size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | str, str]:
+        if isinstance(value, tuple):
+            return value
+        device, equals, size = str(value).partition("=")
+        if not (device and equals and size):
+            self.fail(
+                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
+            )
+        return (int(device) if device.isdecimal() else device), size
+
+
+@click.command("obim-saliency", cls=GroupedHelp)
+@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
+@click.option(
+    "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
+)
+@click.option(
+    "--batch-size",
+    type=BatchSize(),
+    help="Sequences per forward pass; changes the speed only  [default: auto]",
+)
+@click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
+    help="Of the forward pass  [default: the checkpoint's]",
+)
+@click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
+@click.option(
+    "--dense", is_flag=True, help="Write full saliency tensors, as large as the model in fp32"
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that were made from something else")
+@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
+@click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
+@click.option(
+    "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
+)
+@click.option(
+    "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
+)
+@click.option(
+    "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
+)
+@click.option("--transformers-cache", help="Override storage path for downloaded models")
+@click.option("--lora-merge-cache", help="Path to store merged LORA models")
+@click.option(
+    "--trust-remote-code", is_flag=True, help="Trust remote code from huggingface repos (danger)"
+)
+@click.version_option(__version__)
+def main(config: Path, out_dir: Path, **options: Any) -> None:
+    """Measure the saliency of every expert in a merge recipe.
+
+    Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
+    OUT_DIR/<model-name>.safetensors, for `parameters: {saliency: OUT_DIR}`.
+    """
+    quiet = options.pop("quiet")
+    level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
+    logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
+    recipe = _read_recipe(config)
+
+    from mergekit_obim.calibration.spec import read_experts
+
+    dtype = options.pop("dtype")
+    overrides = {
+        name: options.pop(name) for name in ("samples", "max_length", "batch_size", "seed")
+    }
+    overrides["dtype"] = None if dtype == "auto" else dtype
+    experts = read_experts(recipe, overrides, only=options.pop("model"))
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from mergekit_obim.calibration.run import RunOptions, measure
+
+    # transformers shows a bar of its own for every model it loads.
+    disable_progress_bar()
+    if options["device"] is None:
+        found = torch.accelerator.current_accelerator()
+        options["device"] = str(found) if found else "cpu"
+    options["max_memory"] = dict(options["max_memory"])
+    run_options = RunOptions(quiet=quiet, **options)
+    for number, expert in enumerate(experts, 1):
+        measured = measure(expert, recipe["base_model"], out_dir, run_options)
+        for warning in measured.warnings:
+            click.echo(f"Warning: {measured.model}: {warning}", err=True)
+        if not quiet:
+            click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+
+
+def _read_recipe(path: Path) -> Mapping[str, Any]:
+    import yaml
+
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from error
+    if not isinstance(recipe, dict):
+        raise RecipeError(
+            f"{path}: not a recipe: it should be a mapping with merge_method and models"
+        )
+    return recipe
+
+
+def _summary(measured: Measured) -> str:
+    total = measured.scored + len(measured.unscored)
+    lines = [
+        f"{measured.model} → {measured.path}"
+        + (" (kept: nothing has changed)" if measured.kept else ""),
+        f"scored {measured.scored} of {total} tensors on {measured.tokens:,} tokens "
+        f"in {measured.samples:,} samples",
+    ]
+    reasons: dict[str, list[str]] = {}
+    for name, reason in measured.unscored.items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"unscored, {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    return "\n      ".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
