@@ -7,15 +7,19 @@ for every block size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
-# Elements in a block: three float32 temporaries of it stay within a core's second-level
-# cache, so that a chain of operations reads and writes main memory once. A GPU wants
-# fewer, larger launches instead.
-CPU_BLOCK = 1 << 16
+# Elements in a block: a few float32 temporaries of it stay within a core's second-level
+# cache, so that a chain of operations reads and writes main memory once. It is also the
+# most that torch does on one thread: two threads for one small operation wait for each
+# other longer than they work, so threads are given blocks of their own instead. A GPU
+# wants fewer, larger launches.
+CPU_BLOCK = 1 << 15
 DEVICE_BLOCK = 1 << 25
 
 
@@ -28,7 +32,7 @@ class Block:
         start: The flat index of its first element.
     """
 
-    index: tuple[int | slice, ...]
+    index: tuple[int | slice | None, ...]
     start: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -51,8 +55,14 @@ class Positions:
         """The elements at these positions, [n]."""
         if tensor.is_contiguous():
             return tensor.view(-1)[self.flat]
-        # Indexing along every axis leaves strided and expanded tensors uncopied.
-        return tensor[torch.unravel_index(self.flat, tensor.shape)]
+        # Indexing along every axis leaves strided and expanded tensors uncopied. A broadcast
+        # axis has one element, wherever the position is.
+        index = []
+        flat = self.flat
+        for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
+            index.append(flat % size if stride else torch.zeros_like(flat))
+            flat = flat // size
+        return tensor[tuple(reversed(index))]
 
     def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
         """The flat indices themselves."""
@@ -60,6 +70,22 @@ class Positions:
 
 
 Part = Block | Positions
+Result = TypeVar("Result")
+
+
+def for_each_block(
+    work: Callable[[Block], Result], shape: torch.Size, device: torch.device
+) -> list[Result]:
+    """Do some work for every block, on as many threads as torch may use; results in flat order.
+
+    The work on one block must not depend on another's.
+    """
+    whole = list(blocks(shape, device))
+    threads = min(torch.get_num_threads(), len(whole)) if device.type == "cpu" else 1
+    if threads <= 1:
+        return [work(block) for block in whole]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(work, whole))
 
 
 def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) -> Iterator[Block]:
@@ -76,7 +102,7 @@ def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) ->
         axis += 1
     row = math.prod(shape[axis + 1 :])
     if not shape:
-        yield Block((), 0)
+        yield Block((None,), 0)  # one axis, which numpy needs to give arrays
         return
     step = max(1, limit // row)
     start = 0

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_obim.kernels.blocks import blocks
+from mergekit_obim.kernels.blocks import Block, for_each_block
+from mergekit_obim.kernels.masked import array, assign
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
 
@@ -33,15 +34,18 @@ def merge_owned(
         A new tensor like ``base``.
     """
     merged = base.clone(memory_format=torch.contiguous_format)
-    for block in blocks(base.shape, base.device):
+
+    def write(block: Block) -> None:
         part = block.of(merged)
-        owned = block.of(owner)
+        owned = array(block.of(owner))
         for k, (expert, scale) in enumerate(zip(experts, scales, strict=True)):
             value = block.of(expert)
             if scale != 1:
                 start = block.of(base)
                 value = scaled_sum(start, task_vector(value, start), scale)
-            torch.where(owned == k, value, part, out=part)
+            assign(part, value, where=owned == k)
+
+    for_each_block(write, base.shape, base.device)
     return merged
 
 

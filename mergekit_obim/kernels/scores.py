@@ -33,7 +33,7 @@ def task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
     """
     dtype = working_dtype(base.dtype)
     # The subtraction is done after the upcast: in bf16 it would be rounded to 8 bits.
-    return expert.to(dtype, copy=True).sub_(base.to(dtype))
+    return expert.to(dtype, copy=True).sub_(base)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class GivenScores:
     values: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        return part.of(self.values).to(delta.dtype).mul_(delta != 0)
+        return part.of(self.values).to(delta.dtype).mul(delta != 0)
 
 
 @dataclass(frozen=True)

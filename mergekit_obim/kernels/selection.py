@@ -12,8 +12,10 @@ import math
 import torch
 
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels.blocks import Positions, blocks
-from mergekit_obim.kernels.scores import Candidate, working_dtype
+from mergekit_obim.kernels import masked
+from mergekit_obim.kernels.blocks import Block, Part, Positions, blocks, for_each_block
+from mergekit_obim.kernels.masked import array, assign, compress, positions
+from mergekit_obim.kernels.scores import Candidate
 
 # Labels in a uint8 map of owners; experts are numbered from 0.
 FREE = 255
@@ -21,6 +23,8 @@ _UNDECIDED = 254
 MAX_EXPERTS = 254
 
 _SAMPLE = 1 << 16
+# The second pass touches few of a block's elements, so its blocks can be larger.
+_SECOND_LOOK = 1 << 20
 
 
 def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate) -> int:
@@ -51,7 +55,8 @@ def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate)
         if claimed is not None:
             return claimed
         # The sample misled (values in clumps): give back what was labelled and look at all.
-        owner.masked_fill_((owner == label) | (owner == _UNDECIDED), FREE)
+        _relabel(owner, label, FREE)
+        _relabel(owner, _UNDECIDED, FREE)
     claimed = _claim_between(owner, label, count, candidate, 0.0, math.inf)
     assert claimed is not None
     return claimed
@@ -67,7 +72,7 @@ def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[flo
     # could hit the same few columns of every row.
     flat = torch.arange(_SAMPLE, device=owner.device) * 0x5851F42D4C957F2D
     sample = Positions((flat & ((1 << 62) - 1)) % total)
-    scores = candidate.scores(sample).masked_fill_(sample.of(owner) != FREE, 0)
+    scores = _free_scores(candidate, sample, sample.of(owner))
     ranked = scores.sort(descending=True).values
     rank = count / total * _SAMPLE
     margin = 5 * math.sqrt(max(rank * (1 - count / total), 1.0)) + 1
@@ -82,42 +87,53 @@ def _claim_between(
     owner: torch.Tensor, label: int, count: int, candidate: Candidate, low: float, high: float
 ) -> int | None:
     """Claim every free score above ``high`` and the best in [low, high]; None if that misses."""
-    dtype = working_dtype(candidate.base.dtype)
-    # Only the part that is written to takes memory.
-    inside = torch.empty(owner.numel(), dtype=dtype, device=owner.device)
-    above = undecided = 0
-    for block in blocks(owner.shape, owner.device):
+
+    def claim_sure(block: Block) -> tuple[int, torch.Tensor]:
         owned = block.of(owner)
-        scores = candidate.scores(block).masked_fill_(owned != FREE, 0)
-        _check_finite(scores)
-        sure = scores > high
-        owned.masked_fill_(sure, label)
-        above += int(sure.count_nonzero())
-        maybe = (scores >= low).logical_and_(scores > 0).logical_and_(~sure)
-        owned.masked_fill_(maybe, _UNDECIDED)
-        values = scores[maybe]
-        inside[undecided : undecided + len(values)] = values
-        undecided += len(values)
-    wanted = count - above
+        scores = _free_scores(candidate, block, owned)
+        ranked = array(scores)
+        sure = ranked > high
+        assign(owned, label, where=sure)
+        # What scores zero is in no bracket.
+        maybe = (ranked >= low if low > 0 else ranked > 0) ^ sure
+        assign(owned, _UNDECIDED, where=maybe)
+        return masked.count(sure), compress(scores, maybe)
+
+    results = for_each_block(claim_sure, owner.shape, owner.device)
+    wanted = count - sum(above for above, _ in results)
+    undecided = sum(len(values) for _, values in results)
     if wanted < 0 or (wanted > undecided and low > 0):
         return None
     if wanted >= undecided:
-        owner.masked_fill_(owner == _UNDECIDED, label)
-        return above + undecided
-    threshold, ties = _kth_largest(inside[:undecided], wanted)
-    for block in blocks(owner.shape, owner.device):
+        _relabel(owner, _UNDECIDED, label)
+        return count - wanted + undecided
+    threshold, ties = _kth_largest(torch.cat([values for _, values in results]), wanted)
+    for block in blocks(owner.shape, owner.device, _SECOND_LOOK):
         owned = block.of(owner)
-        open_ = owned.reshape(-1) == _UNDECIDED
-        positions = open_.nonzero().squeeze(-1)
-        if not len(positions):
+        open_ = positions(array(owned) == _UNDECIDED)
+        if not len(open_):
             continue
-        scores = candidate.scores(Positions(positions + block.start))
+        scores = candidate.scores(Positions(open_ + block.start))
         tied = scores == threshold
         keep = (scores > threshold) | (tied & (tied.cumsum(0) <= ties))
         ties -= min(ties, int(tied.count_nonzero()))
-        labels = torch.where(keep, label, FREE).to(torch.uint8)
-        owned.view(-1)[positions] = labels
+        owned.view(-1)[open_] = torch.where(keep, label, FREE).to(torch.uint8)
     return count
+
+
+def _relabel(owner: torch.Tensor, old: int, new: int) -> None:
+    for block in blocks(owner.shape, owner.device, _SECOND_LOOK):
+        owned = block.of(owner)
+        assign(owned, new, where=array(owned) == old)
+
+
+def _free_scores(candidate: Candidate, part: Part, owned: torch.Tensor) -> torch.Tensor:
+    """Scores of a part, zero where a position is taken."""
+    scores = masked.keep(candidate.scores(part), where=array(owned) == FREE)
+    # One reduction finds NaN and infinity alike: both survive a maximum.
+    if not math.isfinite(float(scores.amax())):
+        raise UnscorableError("the task vector or its saliency is not finite")
+    return scores
 
 
 def _kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
@@ -130,15 +146,8 @@ def _kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
     if values.device.type == "cpu":
         # numpy's partition is vectorised and works in place; torch's kthvalue copies and
         # took five times as long.
-        array = values.numpy()
-        array.partition(len(array) - k)
-        threshold = float(array[len(array) - k])
+        array(values).partition(len(values) - k)
+        threshold = float(values[len(values) - k])
     else:
         threshold = float(values.kthvalue(len(values) - k + 1).values)
     return threshold, k - int((values > threshold).count_nonzero())
-
-
-def _check_finite(scores: torch.Tensor) -> None:
-    # One reduction finds NaN and infinity alike: both survive a maximum.
-    if not math.isfinite(float(scores.amax())):
-        raise UnscorableError("the task vector or its saliency is not finite")

@@ -56,11 +56,15 @@ def merge_ties(
     for block in blocks(base.shape, base.device):
         start = block.of(base)
         trimmed = [
-            task_vector(block.of(c.expert), start).mul_(block.of(mask)).mul_(weight)
+            task_vector(block.of(c.expert), start).masked_fill_(~block.of(mask), 0).mul_(weight)
             for c, mask, weight in zip(candidates, kept, weights, strict=True)
         ]
-        positive = torch.stack(trimmed).sum(0) >= 0
-        total = torch.zeros_like(trimmed[0])
+        # One after the other: how a reduction is ordered depends on the block's shape.
+        vote = torch.zeros_like(trimmed[0])
+        for tau in trimmed:
+            vote += tau
+        positive = vote >= 0
+        total = torch.zeros_like(vote)
         divisor = torch.zeros_like(total)
         for tau, weight in zip(trimmed, weights, strict=True):
             agrees = torch.where(positive, tau > 0, tau < 0)
