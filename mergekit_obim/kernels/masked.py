@@ -63,13 +63,13 @@ def count(mask: Mask) -> int:
 def compress(values: torch.Tensor, mask: Mask) -> torch.Tensor:
     """The values under a mask, in flat order, [n]."""
     if isinstance(mask, np.ndarray):
-        values = torch.from_numpy(values.numpy()[mask])
-        return values
+        return torch.as_tensor(values.numpy()[mask])
     return values[mask]
 
 
 def positions(mask: Mask) -> torch.Tensor:
     """Flat indices of a mask's positions, int64 [n], ascending."""
     if isinstance(mask, np.ndarray):
-        return torch.from_numpy(np.flatnonzero(mask))
-    return mask.reshape(-1).nonzero().squeeze(-1)
+        return torch.as_tensor(np.flatnonzero(mask))
+    flat: torch.Tensor = mask.reshape(-1).nonzero().squeeze(-1)
+    return flat

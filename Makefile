@@ -1,0 +1,51 @@
+# Every target works in a fresh clone with nothing but make and Python 3.10 or newer.
+PYTHON ?= python3
+VENV ?= .venv
+# Where torch's Linux CPU builds are; `make venv TORCH_INDEX=` takes the usual indexes' build.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stamp
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv test lint types demo build clean
+
+help:
+	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
+	@echo "make test   run the tests"
+	@echo "make lint   ruff's checks and format; make types: mypy --strict"
+	@echo "make build  an sdist and a wheel in dist/"
+	@echo "make venv   only set up $(VENV), which the others do by themselves"
+	@echo "make clean  remove what the others made, $(VENV) included"
+
+venv: $(STAMP)
+
+# The shim is among the prerequisites because even an editable install has a copy of it.
+$(STAMP): pyproject.toml constraints.txt $(wildcard mergekit_obim/_autoload/*)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "mergekit-obim needs Python 3.10 or newer: make PYTHON=python3.12 …"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --retries 1 --no-deps -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/python -m mypy
+
+demo: $(STAMP)
+	$(BIN)/python -m benchmarks.demo --out .cache/demo
+
+build: $(STAMP)
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) .cache build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
