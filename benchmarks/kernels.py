@@ -1,0 +1,95 @@
+"""Times the merge kernels against a copy of one tensor, on the CPU or a GPU.
+
+    python -m benchmarks.kernels [--device cuda] [--rows 4096 --columns 4096] [--experts 3]
+
+Every figure is the median of several runs after a warm-up. The unit is the time of
+copying the tensor once as float32, measured in the same process.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+
+import click
+import torch
+
+from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.merging import merge_owned
+from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
+from mergekit_obim.kernels.selection import FREE, claim_top
+
+
+def median_time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Median wall time of some work in seconds, the device's queue emptied around it."""
+    times = []
+    for _ in range(repeats + 1):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def measure(rows: int, columns: int, experts: int, device: torch.device, repeats: int) -> dict:
+    """Figures for one shape: seconds of a copy, and everything else in copies."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    base = random(rows, columns)
+    tuned = [(base + 0.01 * random(rows, columns)).bfloat16() for _ in range(experts)]
+    single, base = base, base.bfloat16()
+    criteria = {
+        "saliency": Saliency(random(1, columns).square()),
+        "magnitude": Magnitude(),
+        "random": RandomScores(1),
+    }
+    copy = median_time(single.clone, device, repeats)
+    del single
+    result = {"elements": rows * columns, "experts": experts, "copy_seconds": copy}
+
+    def claim() -> None:
+        owner = torch.full(base.shape, FREE, dtype=torch.uint8, device=device)
+        claim_top(owner, 0, base.numel() // 3, Candidate(tuned[0], base, criteria["saliency"]))
+
+    result["claim_one"] = median_time(claim, device, repeats) / copy
+    density = [1 / experts] * experts
+    for name, criterion in criteria.items():
+        candidates = [Candidate(tensor, base, criterion) for tensor in tuned]
+        masks = median_time(
+            lambda c=candidates: exclusive_masks(c, density, range(experts)), device, repeats
+        )
+        result[f"masks_{name}"] = masks / copy
+    owner = exclusive_masks(candidates, density, range(experts))
+    merge = median_time(lambda: merge_owned(base, tuned, owner, [1.0] * experts), device, repeats)
+    result["merge"] = merge / copy
+    # What must move: the base and every expert in, the merged tensor out, 2 bytes each; the
+    # copy moves 4 bytes in and 4 out per element.
+    must_move = (experts + 2) * 2 / 8
+    result["bandwidth_share"] = must_move / (result["masks_saliency"] + result["merge"])
+    return result
+
+
+@click.command()
+@click.option("--device", default="cpu", show_default=True)
+@click.option("--rows", default=4096, show_default=True)
+@click.option("--columns", default=4096, show_default=True)
+@click.option("--experts", default=3, show_default=True)
+@click.option("--repeats", default=5, show_default=True)
+def main(device: str, rows: int, columns: int, experts: int, repeats: int) -> None:
+    """Time the merge kernels."""
+    result = measure(rows, columns, experts, torch.device(device), repeats)
+    for name, value in result.items():
+        print(f"{name:>16} {value:.6g}")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
