@@ -95,7 +95,7 @@ class DeviceMemory(ParamType):
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
 @click.option(
     "--dtype",
-    type=click.Choice(["auto", "float32", "bfloat16", "float16", "float64"]),
+    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
     help="Of the forward pass  [default: the checkpoint's]",
 )
 @click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
@@ -126,6 +126,8 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
     OUT_DIR/<model-name>.safetensors, for `parameters: {saliency: OUT_DIR}`.
     """
+    if options["max_memory"] and not options["device_map"]:
+        raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
     quiet = options.pop("quiet")
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
@@ -133,11 +135,9 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
 
     from mergekit_obim.calibration.spec import read_experts
 
-    dtype = options.pop("dtype")
     overrides = {
-        name: options.pop(name) for name in ("samples", "max_length", "batch_size", "seed")
+        name: options.pop(name) for name in ("samples", "max_length", "batch_size", "seed", "dtype")
     }
-    overrides["dtype"] = None if dtype == "auto" else dtype
     experts = read_experts(recipe, overrides, only=options.pop("model"))
 
     import torch
@@ -150,10 +150,21 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     if options["device"] is None:
         found = torch.accelerator.current_accelerator()
         options["device"] = str(found) if found else "cpu"
+    try:
+        torch.empty(0, device=options["device"])
+    except Exception as error:  # torch raises several kinds
+        raise RecipeError(
+            f"--device {options['device']}: torch cannot use it here ({_one_line(error)}); leave "
+            "--device out to take what there is"
+        ) from error
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(f"{out_dir}: cannot be written to: {_one_line(error)}") from error
     options["max_memory"] = dict(options["max_memory"])
-    run_options = RunOptions(quiet=quiet, **options)
+    run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
     for number, expert in enumerate(experts, 1):
-        measured = measure(expert, recipe["base_model"], out_dir, run_options)
+        measured = measure(expert, recipe.get("base_model"), out_dir, run_options)
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not quiet:
@@ -166,12 +177,16 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {' '.join(str(error).split())}") from error
+        raise RecipeError(f"{path}: not a YAML recipe: {_one_line(error)}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(
             f"{path}: not a recipe: it should be a mapping with merge_method and models"
         )
     return recipe
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def _summary(measured: Measured) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 _RUNS = 16
 _RUN_LENGTH = 4
@@ -25,6 +25,12 @@ class Fingerprint(BaseModel):
     dtype: str
     shape: tuple[int, ...]
     values: str
+
+    @field_validator("values")
+    @classmethod
+    def _is_base64(cls, values: str) -> str:
+        base64.b64decode(values, validate=True)
+        return values
 
 
 def sample_positions(numel: int) -> torch.Tensor:
@@ -60,11 +66,11 @@ def matches(recorded: Fingerprint, tensor: torch.Tensor) -> bool:
     dtype = getattr(torch, recorded.dtype, None)
     if not isinstance(dtype, torch.dtype):
         return False
-    raw = bytearray(base64.b64decode(recorded.values))
-    then = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
     now = _sample(tensor)
-    if now.shape != then.shape:
+    raw = bytearray(base64.b64decode(recorded.values))
+    if len(raw) != now.numel() * dtype.itemsize:
         return False
+    then = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
     if dtype != now.dtype:
         coarser = min(dtype, now.dtype, key=lambda d: (d.itemsize, -torch.finfo(d).eps))
         then, now = then.to(coarser), now.to(coarser)

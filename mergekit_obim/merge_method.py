@@ -17,7 +17,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -207,8 +207,11 @@ class _SaliencyMethod(GroupMergeMethod):
                     f"{name}; this mergekit plans merges in a way that mergekit-obim "
                     "does not know: please report it"
                 )
+        # mergekit's Python API passes modules' parameters with their gradients; choosing
+        # positions has none.
+        entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
         try:
-            return self._merge(group, **parameters)
+            return self._merge(replace(group, entries=entries), **parameters)
         except UnscorableError as error:
             models = ", ".join(str(entry.id) for entry in group.non_base)
             raise UnscorableError(
@@ -331,7 +334,10 @@ def _stored_scores(
 
 
 def _saliency_of(model: Hashable, setting: str | None) -> SaliencyFile:
-    return open_saliency(_locate(setting, str(model)))
+    try:
+        return open_saliency(_locate(setting, str(model)))
+    except SaliencyFileError as error:
+        raise SaliencyFileError(f"model {model}: {error.message}") from error
 
 
 @functools.cache
@@ -355,10 +361,12 @@ def _check_shape(
             size in (1, full) for size, full in zip(reversed(shape), reversed(weight), strict=False)
         )
     if not fits:
-        rule = "must have the weight's shape" if file.metadata.form == "dense" else "must broadcast"
+        rule = (
+            "must have the shape of" if file.metadata.form == "dense" else "must broadcast against"
+        )
         raise SaliencyFileError(
             f"{file.path}: the {file.metadata.form} saliency of {name}, {list(shape)}, {rule} "
-            f"against the weight of model {model}, {list(weight)}; was it measured on this model?"
+            f"the weight of model {model}, {list(weight)}; was it measured on this model?"
         )
 
 
@@ -580,8 +588,11 @@ def _plan_tasks(
             loader = LoaderCache().get(model)
             parameters = dict(task.input_parameters[model].items())
             _verify_once(verified, loader, model, parameters)
-            names = (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-            stored = next((name for name in names if name in loader.index.tensor_paths), None)
+            names = _possible_names(info)
+            stored = _stored_name(loader, info)
+            if stored and stored not in (info.tied_names or ()):
+                # A head that is there by itself is not ranked by the embeddings' saliency.
+                names = tuple(name for name in names if name not in (info.tied_names or ()))
             tensor = loader.get_tensor(stored) if stored else None
             inputs.append(_Input(model, names, tensor, parameters))
         chosen = _plan_tensor(method, weight.name, inputs, task.parameters["unscored"], fallbacks)
@@ -608,6 +619,16 @@ def _stored(loader: LazyTensorLoader, name: str) -> torch.Tensor:
     tensor = loader.get_tensor(name)
     assert tensor is not None  # it raises before
     return tensor
+
+
+def _possible_names(info: Any) -> tuple[str, ...]:
+    """The names that mergekit loads a weight by, of which the first that exists counts."""
+    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+
+
+def _stored_name(loader: LazyTensorLoader, info: Any) -> str | None:
+    paths = loader.index.tensor_paths
+    return next((name for name in _possible_names(info) if name in paths), None)
 
 
 def _verify_once(
@@ -648,11 +669,11 @@ def _vocabulary_rows(task: Any, weight: Any, i: _Input, name: str) -> Vocabulary
     if isinstance(task, TruncatedVocabulary):
         from mergekit.io.tasks import LoaderCache
 
-        sizes = [
-            _stored(LoaderCache().get(model), info.name).shape[axis]
-            for model, info in task.gather_tensors.weight_info.items()
-            if info.name in LoaderCache().get(model).index.tensor_paths
-        ]
+        sizes = []
+        for model, info in task.gather_tensors.weight_info.items():
+            loader = LoaderCache().get(model)
+            if stored := _stored_name(loader, info):
+                sizes.append(_stored(loader, stored).shape[axis])
         return VocabularyRows(axis, tuple(range(min(sizes))))
     info = _tokenizer_info(task.tokenizer_task)
     size = len(info.tokenizer.get_vocab())
@@ -685,7 +706,10 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
         for definition in config.models:
             if definition.model == config.base_model:
-                raise RecipeError(f"the base {config.base_model} is also listed among the experts")
+                raise RecipeError(
+                    f"the base {config.base_model} is also listed among the experts: list it as "
+                    "base_model only"
+                )
             _check_settings(
                 method, f"model {definition.model}", definition.parameters, ParameterScope.NON_BASE
             )
@@ -702,7 +726,9 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         present = [i for i in inputs if i.weight is not None]
         chosen = _plan_tensor(method, tensor_name, present, shared["unscored"], fallbacks)
         fallbacks.warn()
-        names = frozenset().union(*(loader.index.tensor_paths for loader in loaders.values()))
+        # The cache of loaders may hold other merges' models too.
+        ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
+        names = frozenset().union(*(loader.index.tensor_paths for loader in ours))
         shared["layer"] = layers(names)[tensor_name]
         for model, name in chosen.items():
             per_input[model]["tensor_name"] = name

@@ -87,8 +87,9 @@ def saliency_file_name(model: str) -> str:
         part.removeprefix("./").rstrip("/").replace("/", "--") for part in model.split("+")
     )
     safe = re.sub(r"[^A-Za-z0-9._@+-]", "_", plain).lstrip(".-")[-_LONGEST_NAME:].lstrip(".-")
-    if safe != plain or "--" in model:
-        safe += "-" + hashlib.sha256(model.encode()).hexdigest()[:8]
+    # "--" and its like would read the same as a slash, or as one beside a hyphen.
+    if not safe or safe != plain or re.search("--|-/|/-", model):
+        safe = f"{safe or 'model'}-{hashlib.sha256(model.encode()).hexdigest()[:8]}"
     return safe + ".safetensors"
 
 

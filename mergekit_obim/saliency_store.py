@@ -38,7 +38,9 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         names = [saliency_file_name(model), PUBLISHED_NAME]
         where = f"`saliency: {setting}` has no file for it"
     wanted = " or ".join(names)
-    local = Path(setting.split("@")[0])
+    local = Path(setting)
+    if not local.exists():
+        local = Path(setting.split("@")[0])  # a local model's path, with a revision
     if local.is_file() and local.suffix == ".safetensors" and names[0] != PUBLISHED_NAME:
         return local
     if local.is_file():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from mergekit.common import ModelReference, get_auto_cls
+from mergekit.common import ModelReference, dtype_from_name, get_auto_cls
 from mergekit.io import LazyTensorLoader
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -20,7 +21,12 @@ from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration, batches, prepare
 from mergekit_obim.calibration.names import weight_names
 from mergekit_obim.calibration.spec import Calibration, Expert
-from mergekit_obim.errors import CalibrationError, DeviceMemoryError, SaliencyFileError
+from mergekit_obim.errors import (
+    CalibrationError,
+    DeviceMemoryError,
+    RecipeError,
+    SaliencyFileError,
+)
 from mergekit_obim.fingerprint import Fingerprint, fingerprint
 from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.saliency_file import (
@@ -48,6 +54,8 @@ class RunOptions:
         device: Where the whole model goes.
         device_map: accelerate's placement instead (``auto``, …), with ``max_memory``.
         dense: Write δ²·h per weight instead of h.
+        merge_dtype: The recipe's dtype, to which the merge rounds every weight: δ is that of
+            the rounded weights.
         overwrite: Replace a file that was made from something else.
     """
 
@@ -55,6 +63,7 @@ class RunOptions:
     device_map: str | None = None
     max_memory: Mapping[int | str, str] = field(default_factory=dict)
     dense: bool = False
+    merge_dtype: str | None = None
     overwrite: bool = False
     trust_remote_code: bool = False
     transformers_cache: str | None = None
@@ -89,7 +98,7 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
     Args:
         expert: Who is measured, on what.
         base_model: The recipe's base, for its tokenizer where the expert has none, and for
-            dense files.
+            dense files; None where only its slices have one.
         out_dir: The folder to write ``<model-name>.safetensors`` to.
         options: Where and how.
 
@@ -100,12 +109,13 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
     """
     path = out_dir / saliency_file_name(expert.model)
     reference = ModelReference.model_validate(expert.reference)
-    base = ModelReference.model_validate(base_model)
+    base = ModelReference.model_validate(base_model) if base_model else None
     config = _config(reference, options)
     weights = _Weights(expert.model, reference, options)
-    tokenizer = _tokenizer(expert.model, [reference, base], options)
+    tokenizer = _tokenizer(expert.model, [reference, *([base] if base else [])], options)
     calibration = expert.calibration
-    data = prepare(calibration, tokenizer, expert.model, _length_limit(tokenizer))
+    data = prepare(calibration, tokenizer, expert.model, _length_limit(tokenizer, config))
+    _check_vocabulary(expert.model, data, config)
     wanted = SaliencyMetadata(
         form="dense" if options.dense else "factored",
         model=expert.model,
@@ -115,8 +125,18 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
         fingerprint=weights.fingerprints(),
         mergekit_obim_version=__version__,
     )
+    base_weights = merge_dtype = None
     if options.dense:
+        if base is None:
+            raise CalibrationError(
+                f"model {expert.model}: --dense needs the weights that it was fine-tuned from: add "
+                "a top-level base_model to the recipe, or leave --dense out"
+            )
+        base_weights = _Weights(str(base), base, options)
         wanted.calibration["base"] = str(base)
+        wanted.calibration["base_weights"] = base_weights.digest()
+        merge_dtype = _merge_dtype(options.merge_dtype)
+        wanted.calibration["merge_dtype"] = options.merge_dtype
     if path.exists() and (kept := _kept(path, wanted, options.overwrite)):
         return Measured(
             expert.model,
@@ -132,16 +152,23 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
     try:
         capture = _run(model, data, expert, options)
         h, unscored = _entries(model, capture, weights)
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not _out_of_memory(error):
+            raise
         raise _does_not_fit(expert.model, options, "its activations do") from error
     metadata = wanted.model_copy(update={"unscored": unscored})
-    if options.dense:
+    shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
+    read = h.__getitem__
+    if base_weights:
         del model
-        base_weights = _Weights(str(base), base, options)
-        dense = _DenseScores(h, weights, base_weights)
-        write_saliency(path, dense.shapes, dense.read, metadata)
-    else:
-        write_saliency(path, {name: x.shape for name, x in h.items()}, h.__getitem__, metadata)
+        dense = _DenseScores(h, weights, base_weights, merge_dtype)
+        shapes, read = dense.shapes, dense.read
+    try:
+        write_saliency(path, shapes, read, metadata)
+    except OSError as error:
+        raise SaliencyFileError(
+            f"{path}: the saliency of model {expert.model} cannot be written: {_one_line(error)}"
+        ) from error
     return Measured(
         expert.model,
         path,
@@ -193,6 +220,12 @@ class _Weights:
         self.loader.flush()
         return prints
 
+    def digest(self) -> str:
+        """The same in one word."""
+        prints = self.fingerprints()
+        lines = "".join(f"{name} {prints[name].model_dump_json()}\n" for name in sorted(prints))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
 
 def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
     try:
@@ -233,10 +266,22 @@ def _tokenizer(
     raise CalibrationError(f"model {label}: no tokenizer found ({'; '.join(problems)})")
 
 
-def _length_limit(tokenizer: PreTrainedTokenizerBase) -> int | None:
+def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
     """The longest sequence the model takes; a tokenizer that doesn't know has a huge number."""
-    limit = int(tokenizer.model_max_length)
-    return limit if limit < 1 << 24 else None
+    positions = getattr(config, "max_position_embeddings", None)
+    limits = [limit for limit in (int(tokenizer.model_max_length), positions) if limit]
+    return limit if (limit := min(limits)) < 1 << 24 else None
+
+
+def _check_vocabulary(label: str, data: TokenizedCalibration, config: PretrainedConfig) -> None:
+    """An unknown token would end in an IndexError, or on a GPU in a broken device."""
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    highest = max(map(max, data.sequences))
+    if vocabulary and highest >= vocabulary:
+        raise CalibrationError(
+            f"model {label}: its tokenizer makes token {highest} of the calibration data, but the "
+            f"model knows {vocabulary} tokens; give it the tokenizer that it was trained with"
+        )
 
 
 def _record(
@@ -261,10 +306,10 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
     """The file that is there, if it is what would be written; None if it is to be replaced."""
     try:
         there = SaliencyFile(path)
-    except SaliencyFileError:
+    except SaliencyFileError as error:
         if overwrite:
             return None
-        raise
+        raise SaliencyFileError(f"model {wanted.model}: {error.message}") from error
     has, wants = there.metadata, wanted
     differing = [
         name
@@ -312,19 +357,27 @@ def _load(
         )
         if not options.device_map:
             cast("torch.nn.Module", model).to(options.device)
-    except torch.OutOfMemoryError as error:
-        raise _does_not_fit(label, options, "it does") from error
     except Exception as error:
+        if _out_of_memory(error):
+            raise _does_not_fit(label, options, "it does") from error
         raise CalibrationError(f"model {label}: cannot be loaded: {_one_line(error)}") from error
     return cast("PreTrainedModel", model.eval())
 
 
-def _does_not_fit(label: str, options: RunOptions, what: str) -> DeviceMemoryError:
-    return DeviceMemoryError(
-        f"model {label}: {what} not fit {options.device_map or options.device}; try "
-        "--batch-size 1, a smaller --max-length, --dtype bfloat16, --device-map auto with "
-        "--max-memory, or --device cpu"
+def _out_of_memory(error: BaseException) -> bool:
+    # Only accelerators have an exception of their own; CPU and MPS say it in words.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
+
+
+def _does_not_fit(label: str, options: RunOptions, what: str) -> DeviceMemoryError:
+    place = options.device_map or options.device
+    ways = "--batch-size 1, a smaller --max-length, --dtype bfloat16"
+    ways += ", --device-map auto with --max-memory"
+    ways += "" if place == "cpu" else ", --device cpu"
+    return DeviceMemoryError(f"model {label}: {what} not fit {place}; try {ways}")
 
 
 def _run(
@@ -345,9 +398,9 @@ def _run(
                 rows = batch[start : start + step]
                 try:
                     model(input_ids=torch.tensor(rows, device=device), use_cache=False)
-                except (CalibrationError, torch.OutOfMemoryError):
-                    raise
                 except Exception as error:
+                    if isinstance(error, CalibrationError) or _out_of_memory(error):
+                        raise
                     raise CalibrationError(
                         f"model {expert.model}: its forward pass failed on calibration data: "
                         f"{_one_line(error)}"
@@ -373,8 +426,14 @@ def _entries(
 class _DenseScores:
     """δ²·h per weight, computed when it is written."""
 
-    def __init__(self, h: Mapping[str, torch.Tensor], expert: _Weights, base: _Weights):
-        self.h, self.expert, self.base = h, expert, base
+    def __init__(
+        self,
+        h: Mapping[str, torch.Tensor],
+        expert: _Weights,
+        base: _Weights,
+        dtype: torch.dtype | None,
+    ):
+        self.h, self.expert, self.base, self.dtype = h, expert, base, dtype
         self.shapes = {}
         for name in h:
             for weights in (expert, base):
@@ -392,9 +451,16 @@ class _DenseScores:
             self.shapes[name] = shapes[0]
 
     def read(self, name: str) -> torch.Tensor:
-        expert = self.expert.load(name)
-        delta = task_vector(expert, self.base.load(name).to(expert.dtype))
-        return delta.square_().mul_(self.h[name])
+        expert, base = self.expert.load(name), self.base.load(name)
+        dtype = self.dtype or torch.promote_types(expert.dtype, base.dtype)
+        return task_vector(expert.to(dtype), base.to(dtype)).square_().mul_(self.h[name])
+
+
+def _merge_dtype(name: str | None) -> torch.dtype | None:
+    try:
+        return dtype_from_name(name)
+    except (AttributeError, RuntimeError) as error:
+        raise RecipeError(f"dtype: mergekit does not know {name!r}") from error
 
 
 def _one_line(error: BaseException) -> str:

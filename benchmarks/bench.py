@@ -1,0 +1,282 @@
+"""What `make bench` runs: the cost of an OBIM merge beside mergekit's own methods.
+
+    python -m benchmarks.bench [--smoke] [--cache .cache/bench] [--runs 3]
+
+Four tables. *Whole runs*: `mergekit-yaml` as a user starts it, on random bf16 Llama
+checkpoints, the methods taking turns, wall time and peak memory of each process.
+*Kernels*: benchmarks/kernels.py. *Growth*: the masks and the merge of one tensor for
+several K and sizes. *Pre-pass*: the capture's forward over the bare forward of the same
+batch. All figures are medians after a warm-up and are meant as ratios within one run.
+Ends with one JSON line, and with --write puts the tables into docs/performance.md.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import yaml
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from benchmarks import kernels
+from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.saliency_file import SaliencyMetadata, saliency_file_name, write_saliency
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def llama(size: str) -> LlamaConfig:
+    """Configurations by size: `full` has 0.27B parameters, `smoke` next to none."""
+    hidden, inner, layers, vocabulary = {
+        "full": (1024, 2816, 16, 32000),
+        "smoke": (32, 64, 2, 100),
+    }[size]
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 16 if size == "smoke" else 16,
+        vocab_size=vocabulary,
+        tie_word_embeddings=False,
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def write_models(folder: Path, config: LlamaConfig, experts: int) -> list[str]:
+    """A random base and fine-tunes of it, bf16, each with a factored saliency file."""
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
+    names = ["base", *(f"expert{k}" for k in range(experts))]
+    for number, name in enumerate(names):
+        path = folder / name
+        if (path / "model.safetensors").exists():
+            continue
+        path.mkdir(parents=True, exist_ok=True)
+        tensors = {}
+        for index, (weight, shape) in enumerate(shapes.items()):
+            base = torch.randn(shape, generator=torch.Generator().manual_seed(index)) * 0.02
+            if number:
+                change = torch.Generator().manual_seed(1000 * number + index)
+                base += torch.randn(shape, generator=change) * 0.001
+            tensors[weight] = base.bfloat16()
+        config.save_pretrained(path)
+        save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
+        (path / "model.safetensors.part").rename(path / "model.safetensors")
+        h = {weight: torch.rand(1, shape[-1]) + 0.1 for weight, shape in shapes.items()}
+        h = {weight: x if len(shapes[weight]) > 1 else x[0] for weight, x in h.items()}
+        write_saliency(
+            folder / "saliency" / saliency_file_name(str(path)),
+            {weight: x.shape for weight, x in h.items()},
+            h.__getitem__,
+            SaliencyMetadata(form="factored", model=str(path)),
+        )
+    return [str(folder / name) for name in names]
+
+
+def recipe(method: str, models: list[str], folder: Path) -> dict[str, Any]:
+    """A merge of the same models by one of the methods that are compared."""
+    share = round(1 / (len(models) - 1), 6)
+    own: dict[str, Any] = {"weight": share} if method == "linear" else {"density": share}
+    if method in ("ties", "dare_ties"):
+        own["weight"] = share
+    result: dict[str, Any] = {
+        "merge_method": method,
+        "models": [{"model": model, "parameters": own} for model in models[1:]],
+        "dtype": "bfloat16",
+    }
+    if method != "linear":
+        result["base_model"] = models[0]
+    if method == "obim":
+        result["parameters"] = {"saliency": str(folder / "saliency")}
+    return result
+
+
+def run_merge(method: str, models: list[str], folder: Path) -> tuple[float, float]:
+    """One `mergekit-yaml` process: wall seconds and peak resident memory in GiB."""
+    path, out = folder / f"{method}.yml", folder / "out"
+    path.write_text(yaml.safe_dump(recipe(method, models, folder)))
+    shutil.rmtree(out, ignore_errors=True)
+    command = [str(Path(sys.executable).parent / "mergekit-yaml"), str(path), str(out)]
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [*command, "--no-copy-tokenizer", "--quiet"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stderr is not None
+    errors = process.stderr.read().decode()
+    _, status, usage = os.wait4(process.pid, 0)
+    wall = time.perf_counter() - start
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{errors}")
+    return wall, usage.ru_maxrss / 2**20
+
+
+def whole_runs(folder: Path, size: str, runs: int, experts: int, methods: list[str]) -> dict:
+    """The methods in turn, so that a drift of the machine's speed falls on all of them."""
+    models = write_models(folder, llama(size), experts)
+    run_merge("linear", models, folder)  # warm-up: the files into the page cache
+    seen: dict[str, list[tuple[float, float]]] = {method: [] for method in methods}
+    for _ in range(runs):
+        for method in methods:
+            seen[method].append(run_merge(method, models, folder))
+    return {
+        method: {
+            "seconds": statistics.median(wall for wall, _ in figures),
+            "peak_gib": statistics.median(peak for _, peak in figures),
+        }
+        for method, figures in seen.items()
+    }
+
+
+def growth(smoke: bool, repeats: int) -> list[dict]:
+    """Seconds per element and expert: masks and merge, for several K and sizes."""
+    device = torch.device("cpu")
+    sides = (64, 128) if smoke else (1024, 2048, 4096)
+    shapes = [(side, 3) for side in sides] + [(sides[-1], k) for k in (2, 4, 8)]
+    rows = []
+    for side, experts in shapes:
+        figures = kernels.measure(side, side, experts, device, repeats)
+        seconds = (figures["masks_saliency"] + figures["merge"]) * figures["copy_seconds"]
+        per_visit = seconds / figures["elements"] / experts
+        rows.append({"elements": figures["elements"], "experts": experts, "ns": per_visit * 1e9})
+    return rows
+
+
+def pre_pass(smoke: bool, repeats: int) -> dict[str, float]:
+    """Time of a measured forward over that of the bare one, without logits in both."""
+    config = llama("smoke" if smoke else "full")
+    config.num_hidden_layers = 2 if smoke else 8
+    ratios = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config).to(dtype).eval()
+        batch = torch.randint(0, config.vocab_size, (4, 16 if smoke else 512))
+        capture = CurvatureCapture(model, skip_logits=True)
+        paired = []
+        for _ in range(repeats + 1):
+            with torch.no_grad():
+                start = time.perf_counter()
+                model.model(input_ids=batch, use_cache=False)
+                bare = time.perf_counter() - start
+            start = time.perf_counter()
+            with capture:
+                model(input_ids=batch, use_cache=False)
+            paired.append((time.perf_counter() - start) / bare)
+        ratios[str(dtype).removeprefix("torch.")] = statistics.median(paired[1:])
+        del model, capture
+        gc.collect()
+    return ratios
+
+
+def machine() -> dict[str, str]:
+    """Where and with what the figures were taken."""
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    versions = {
+        name: importlib.metadata.version(name) for name in ("mergekit", "torch", "transformers")
+    }
+    return {
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "threads": str(torch.get_num_threads()),
+        "python": platform.python_version(),
+        **versions,
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def tables(figures: dict[str, Any]) -> str:
+    """The figures as Markdown."""
+    lines = [", ".join(f"{key} {value}" for key, value in figures["machine"].items()), ""]
+    for label, runs in figures["whole_runs"].items():
+        linear, ties = runs.get("linear"), runs.get("ties")
+        lines += [
+            f"Whole `mergekit-yaml` runs, {label}:",
+            "",
+            "| method | seconds | over linear | over ties | peak GiB | peak over ties |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, run in runs.items():
+            ratios = [
+                f"{run[key] / other[key]:.2f}" if other else "–"
+                for key, other in (("seconds", linear), ("seconds", ties), ("peak_gib", ties))
+            ]
+            lines.append(
+                f"| {method} | {run['seconds']:.1f} | {ratios[0]} | {ratios[1]} "
+                f"| {run['peak_gib']:.2f} | {ratios[2]} |"
+            )
+        lines.append("")
+    kernel = figures["kernels"]
+    lines += [
+        f"Kernels, {kernel['elements']:,} elements, {kernel['experts']} bf16 experts, in copies of "
+        f"the tensor as float32 ({1000 * kernel['copy_seconds']:.1f} ms):",
+        "",
+        "| kernel | copies |",
+        "|---|---|",
+        *(
+            f"| {name} | {kernel[name]:.1f} |"
+            for name in ("claim_one", "masks_saliency", "masks_magnitude", "masks_random", "merge")
+        ),
+        "",
+        "Growth: nanoseconds per element and expert, masks and merge.",
+        "",
+        "| elements | experts | ns |",
+        "|---|---|---|",
+        *(f"| {r['elements']:,} | {r['experts']} | {r['ns']:.2f} |" for r in figures["growth"]),
+        "",
+        "Pre-pass: the measured forward over the bare one, 4 sequences.",
+        "",
+        "| dtype | ratio |",
+        "|---|---|",
+        *(f"| {dtype} | {ratio:.2f} |" for dtype, ratio in figures["pre_pass"].items()),
+    ]
+    return "\n".join(lines)
+
+
+@click.command()
+@click.option(
+    "--smoke", is_flag=True, help="Tiny sizes: does everything once, times nothing of use"
+)
+@click.option("--cache", type=click.Path(path_type=Path), default=".cache/bench", show_default=True)
+@click.option("--runs", default=3, show_default=True, help="Of each whole merge")
+@click.option("--write", is_flag=True, help="Put the tables into docs/performance.md")
+def main(smoke: bool, cache: Path, runs: int, write: bool) -> None:
+    """Benchmark the merge and the pre-pass."""
+    size = "smoke" if smoke else "full"
+    folder = (cache / size).resolve()
+    methods = ["linear", "obim"] if smoke else ["linear", "dare_ties", "ties", "obim"]
+    figures: dict[str, Any] = {"machine": machine(), "whole_runs": {}}
+    figures["whole_runs"]["3 experts"] = whole_runs(folder, size, 1 if smoke else runs, 3, methods)
+    if not smoke:
+        figures["whole_runs"]["8 experts"] = whole_runs(folder, size, 1, 8, ["ties", "obim"])
+    side = 256 if smoke else 4096
+    figures["kernels"] = kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
+    figures["growth"] = growth(smoke, 1 if smoke else 3)
+    figures["pre_pass"] = pre_pass(smoke, 1 if smoke else 5)
+    text = tables(figures)
+    print(text)
+    if write:
+        page = PAGE.read_text(encoding="utf-8")
+        before, rest = page.split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    print(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    main()
