@@ -143,7 +143,7 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_obim.calibration.run import RunOptions, measure
+    from mergekit_obim.calibration.run import RunOptions, measure, prepare_expert
 
     # transformers shows a bar of its own for every model it loads.
     disable_progress_bar()
@@ -163,8 +163,12 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
         raise RecipeError(f"{out_dir}: cannot be written to: {_one_line(error)}") from error
     options["max_memory"] = dict(options["max_memory"])
     run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
-    for number, expert in enumerate(experts, 1):
-        measured = measure(expert, recipe.get("base_model"), out_dir, run_options)
+    # All are checked before the first is run: a fault in the last recipe entry shows at once.
+    prepared = [
+        prepare_expert(expert, recipe.get("base_model"), out_dir, run_options) for expert in experts
+    ]
+    for number, one in enumerate(prepared, 1):
+        measured = measure(one, run_options)
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not quiet:

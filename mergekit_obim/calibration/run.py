@@ -92,8 +92,31 @@ class Measured:
     warnings: list[str]
 
 
-def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptions) -> Measured:
-    """Run an expert over its calibration data and write its saliency file.
+@dataclass(frozen=True)
+class Prepared:
+    """One expert with everything read, checked and tokenized that needs no model in memory.
+
+    Attributes:
+        path: The file to write.
+        wanted: Its header, but for what the run will tell.
+        kept: The file that is there already, if it is the one that would be written.
+        base: The base's weights, for a dense file.
+    """
+
+    expert: Expert
+    path: Path
+    config: PretrainedConfig
+    weights: _Weights
+    data: TokenizedCalibration
+    wanted: SaliencyMetadata
+    kept: SaliencyFile | None
+    base: _Weights | None
+
+
+def prepare_expert(
+    expert: Expert, base_model: object, out_dir: Path, options: RunOptions
+) -> Prepared:
+    """Read and check all that is needed to measure an expert, so that faults are told at once.
 
     Args:
         expert: Who is measured, on what.
@@ -105,7 +128,6 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
     Raises:
         CalibrationError: The data or the model cannot give a saliency.
         SaliencyFileError: There is a file already that was made from something else.
-        DeviceMemoryError: The model or its activations do not fit.
     """
     path = out_dir / saliency_file_name(expert.model)
     reference = ModelReference.model_validate(expert.reference)
@@ -113,19 +135,18 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
     config = _config(reference, options)
     weights = _Weights(expert.model, reference, options)
     tokenizer = _tokenizer(expert.model, [reference, *([base] if base else [])], options)
-    calibration = expert.calibration
-    data = prepare(calibration, tokenizer, expert.model, _length_limit(tokenizer, config))
+    data = prepare(expert.calibration, tokenizer, expert.model, _length_limit(tokenizer, config))
     _check_vocabulary(expert.model, data, config)
     wanted = SaliencyMetadata(
         form="dense" if options.dense else "factored",
         model=expert.model,
         revision=reference.model.revision or getattr(config, "_commit_hash", None) or "",
         architecture=(config.architectures or [""])[0],
-        calibration=_record(calibration, data, config),
+        calibration=_record(expert.calibration, data, config),
         fingerprint=weights.fingerprints(),
         mergekit_obim_version=__version__,
     )
-    base_weights = merge_dtype = None
+    base_weights = None
     if options.dense:
         if base is None:
             raise CalibrationError(
@@ -135,49 +156,59 @@ def measure(expert: Expert, base_model: object, out_dir: Path, options: RunOptio
         base_weights = _Weights(str(base), base, options)
         wanted.calibration["base"] = str(base)
         wanted.calibration["base_weights"] = base_weights.digest()
-        merge_dtype = _merge_dtype(options.merge_dtype)
         wanted.calibration["merge_dtype"] = options.merge_dtype
-    if path.exists() and (kept := _kept(path, wanted, options.overwrite)):
-        return Measured(
-            expert.model,
-            path,
-            True,
-            len(kept.shapes),
-            kept.metadata.unscored,
-            wanted.calibration["samples"],
-            data.tokens,
-            data.warnings,
-        )
-    model = _load(expert.model, weights.merged, config, calibration, options)
+    kept = _kept(path, wanted, options.overwrite) if path.exists() else None
+    return Prepared(expert, path, config, weights, data, wanted, kept, base_weights)
+
+
+def measure(prepared: Prepared, options: RunOptions) -> Measured:
+    """Run an expert over its calibration data and write its saliency file, unless it is there.
+
+    Raises:
+        CalibrationError: The model cannot be loaded or run, or its activations are not finite.
+        SaliencyFileError: The file cannot be written.
+        DeviceMemoryError: The model or its activations do not fit.
+    """
+    if prepared.kept:
+        return _measured(prepared, len(prepared.kept.shapes), prepared.kept.metadata.unscored)
+    label, path = prepared.expert.model, prepared.path
+    model = _load(
+        label, prepared.weights.merged, prepared.config, prepared.expert.calibration, options
+    )
     try:
-        capture = _run(model, data, expert, options)
-        h, unscored = _entries(model, capture, weights)
+        capture = _run(model, prepared.data, prepared.expert, options)
+        h, unscored = _entries(model, capture, prepared.weights)
     except Exception as error:
         if not _out_of_memory(error):
             raise
-        raise _does_not_fit(expert.model, options, "its activations do") from error
-    metadata = wanted.model_copy(update={"unscored": unscored})
+        raise _does_not_fit(label, options, "its activations do") from error
     shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
     read = h.__getitem__
-    if base_weights:
+    if prepared.base:
         del model
-        dense = _DenseScores(h, weights, base_weights, merge_dtype)
+        dense = _DenseScores(h, prepared.weights, prepared.base, _merge_dtype(options.merge_dtype))
         shapes, read = dense.shapes, dense.read
     try:
-        write_saliency(path, shapes, read, metadata)
+        write_saliency(
+            path, shapes, read, prepared.wanted.model_copy(update={"unscored": unscored})
+        )
     except OSError as error:
         raise SaliencyFileError(
-            f"{path}: the saliency of model {expert.model} cannot be written: {_one_line(error)}"
+            f"{path}: the saliency of model {label} cannot be written: {_one_line(error)}"
         ) from error
+    return _measured(prepared, len(h), unscored)
+
+
+def _measured(prepared: Prepared, scored: int, unscored: Mapping[str, str]) -> Measured:
     return Measured(
-        expert.model,
-        path,
-        False,
-        len(h),
+        prepared.expert.model,
+        prepared.path,
+        prepared.kept is not None,
+        scored,
         unscored,
-        wanted.calibration["samples"],
-        data.tokens,
-        data.warnings,
+        prepared.wanted.calibration["samples"],
+        prepared.data.tokens,
+        prepared.data.warnings,
     )
 
 
