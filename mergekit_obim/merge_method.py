@@ -582,9 +582,10 @@ def _plan_tasks(
         vocabulary = task.gather_tensors
         gather = getattr(vocabulary, "gather_tensors", vocabulary)
         inputs = []
-        for model, info in gather.weight_info.items():
+        for model in task.model_order:
             if model == task.base_model:
                 continue
+            info = gather.weight_info[model]
             loader = LoaderCache().get(model)
             parameters = dict(task.input_parameters[model].items())
             _verify_once(verified, loader, model, parameters)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import contextmanager
 from unittest import mock
 
 import numpy as np
@@ -160,29 +160,31 @@ def merges(
     return base, experts, list(order), draw(st.sampled_from([1.0, 0.7])) if scaled else 1.0
 
 
-@st.composite
-def cuts(draw: st.DrawFn) -> ExitStack:
-    """Any block size and any size of the sample that brackets thresholds."""
-    stack = ExitStack()
-    block = draw(st.sampled_from([1, 3, 7, 64, 1 << 16]))
-    sample = draw(st.sampled_from([1, 4, 50, 1 << 16]))
-    stack.enter_context(mock.patch.object(blocks, "CPU_BLOCK", block))
-    stack.enter_context(mock.patch.object(selection, "_SAMPLE", sample))
-    return stack
+# Any block size and any size of the sample that brackets thresholds.
+CUTS = st.tuples(st.sampled_from([1, 3, 7, 64, 1 << 16]), st.sampled_from([1, 4, 50, 1 << 16]))
+
+
+@contextmanager
+def cut_into(block: int, sample: int) -> Iterator[None]:
+    with (
+        mock.patch.object(blocks, "CPU_BLOCK", block),
+        mock.patch.object(selection, "_SAMPLE", sample),
+    ):
+        yield
 
 
 # --- against the reference ----------------------------------------------------------------
 
 
 @SETTINGS
-@given(merge=merges(), cut=cuts())
+@given(merge=merges(), cut=CUTS)
 def test_obim_is_the_reference(
-    merge: tuple[torch.Tensor, list[reference.Expert], list[int], float], cut: ExitStack
+    merge: tuple[torch.Tensor, list[reference.Expert], list[int], float], cut: tuple[int, int]
 ) -> None:
     base, experts, order, lambda_ = merge
     inputs = [base, *(t for e in experts for t in (e.tensor, e.h, e.dense) if t is not None)]
     before = [t.clone() for t in inputs]
-    with cut:
+    with cut_into(*cut):
         owner, merged = obim(base, experts, order, lambda_)
 
     expected = reference.owners(base, experts, order)
@@ -196,17 +198,17 @@ def test_obim_is_the_reference(
 
 
 @SETTINGS
-@given(merge=merges(sums_over_one=True), cut=cuts(), normalize=st.booleans())
+@given(merge=merges(sums_over_one=True), cut=CUTS, normalize=st.booleans())
 def test_ties_is_the_reference(
     merge: tuple[torch.Tensor, list[reference.Expert], list[int], float],
-    cut: ExitStack,
+    cut: tuple[int, int],
     normalize: bool,
 ) -> None:
     base, experts, _, lambda_ = merge
     inputs = [base, *(t for e in experts for t in (e.tensor, e.h, e.dense) if t is not None)]
     before = [t.clone() for t in inputs]
     weights = [e.weight for e in experts]
-    with cut:
+    with cut_into(*cut):
         merged = merge_ties(
             candidates_of(base, experts), densities_of(experts), weights, lambda_, normalize
         )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
+import shutil
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,6 +183,11 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
         if not _out_of_memory(error):
             raise
         raise _does_not_fit(label, options, "its activations do") from error
+    if not h:
+        raise CalibrationError(
+            f"model {label}: not one of its weights could be scored: "
+            + "; ".join(sorted(set(unscored.values())))
+        )
     shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
     read = h.__getitem__
     if prepared.base:
@@ -371,13 +377,13 @@ def _load(
     options: RunOptions,
 ) -> PreTrainedModel:
     placement: dict[str, Any] = {}
-    if options.device_map:
-        placement = {
-            "device_map": options.device_map,
-            "max_memory": dict(options.max_memory) or None,
-            "offload_folder": os.path.join(options.transformers_cache or ".", "obim_offload"),
-        }
     try:
+        if options.device_map:
+            placement = {
+                "device_map": options.device_map,
+                "max_memory": dict(options.max_memory) or None,
+                "offload_folder": tempfile.mkdtemp(prefix="obim-offload-"),
+            }
         model = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
             merged.model.path,
             revision=merged.model.revision,
@@ -392,6 +398,16 @@ def _load(
         if _out_of_memory(error):
             raise _does_not_fit(label, options, "it does") from error
         raise CalibrationError(f"model {label}: cannot be loaded: {_one_line(error)}") from error
+    finally:
+        shutil.rmtree(placement.get("offload_folder", ""), ignore_errors=True)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        # accelerate brings such weights in and out while the model runs, where the capture,
+        # which knows weights by their place in memory, cannot follow them.
+        raise DeviceMemoryError(
+            f"model {label}: --device-map {options.device_map} leaves weights on the CPU or the "
+            "disk, where they cannot be measured yet: raise --max-memory, use --dtype bfloat16, or "
+            "run it whole with --device cpu"
+        )
     return cast("PreTrainedModel", model.eval())
 
 
