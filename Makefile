@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Where torch's Linux CPU builds are; `make venv TORCH_INDEX=` takes the usual indexes' build.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses auto --maxprocesses 4 --dist loadfile
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -31,6 +31,8 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard mergekit_obim/_autoload/*)
 	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+# One thread for each of the test processes: more would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

@@ -207,6 +207,7 @@ class _SaliencyMethod(GroupMergeMethod):
                     f"{name}; this mergekit plans merges in a way that mergekit-obim "
                     "does not know: please report it"
                 )
+        _UNWARNED.warn()
         # mergekit's Python API passes modules' parameters with their gradients; choosing
         # positions has none.
         entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
@@ -391,6 +392,10 @@ class _Fallbacks:
                 ", ".join(names),
             )
         self.found.clear()
+
+
+# mergekit-pytorch plans tensor by tensor: what it found is told when the first is merged.
+_UNWARNED = _Fallbacks()
 
 
 @dataclass(frozen=True)
@@ -723,10 +728,8 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
             _verify_once(verified, loader, model, parameters)
             tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
             inputs.append(_Input(model, (tensor_name,), tensor, parameters))
-        fallbacks = _Fallbacks()
         present = [i for i in inputs if i.weight is not None]
-        chosen = _plan_tensor(method, tensor_name, present, shared["unscored"], fallbacks)
-        fallbacks.warn()
+        chosen = _plan_tensor(method, tensor_name, present, shared["unscored"], _UNWARNED)
         # The cache of loaders may hold other merges' models too.
         ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
         names = frozenset().union(*(loader.index.tensor_paths for loader in ours))

@@ -33,7 +33,7 @@ from mergekit_obim.kernels.ties import merge_ties
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 CPU = torch.device("cpu")
-SETTINGS = settings(max_examples=80, deadline=None)
+SETTINGS = settings(max_examples=100, deadline=None)
 
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -168,6 +168,7 @@ CUTS = st.tuples(st.sampled_from([1, 3, 7, 64, 1 << 16]), st.sampled_from([1, 4,
 def cut_into(block: int, sample: int) -> Iterator[None]:
     with (
         mock.patch.object(blocks, "CPU_BLOCK", block),
+        mock.patch.object(selection, "_SECOND_LOOK", 2 * block),
         mock.patch.object(selection, "_SAMPLE", sample),
     ):
         yield
@@ -358,6 +359,7 @@ def test_selection_is_exact_whatever_the_sample_saw(
     kind: str, sample: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "_SAMPLE", sample)
+    monkeypatch.setattr(selection, "_SECOND_LOOK", 700)
     monkeypatch.setattr(blocks, "CPU_BLOCK", 500)
     tensor = large_inputs()[kind].view(60, 50)
     candidate = Candidate(tensor, torch.zeros_like(tensor), Magnitude())
@@ -391,9 +393,8 @@ def test_selection_is_exact_whatever_the_bracket(
     owner = torch.where(claimed_before, 1, FREE).to(torch.uint8)
     candidate = Candidate(tensor, torch.zeros_like(tensor), Magnitude())
     with (
-        mock.patch.object(selection, "_SAMPLE", 1),
+        cut_into(block=64, sample=1),
         mock.patch.object(selection, "_bracket", return_value=(low, high)),
-        mock.patch.object(blocks, "CPU_BLOCK", 64),
     ):
         claim_top(owner, 2, count, candidate)
     scores = (tensor.abs() * ~claimed_before).reshape(-1).numpy()
@@ -459,6 +460,13 @@ def test_a_large_ties_merge_is_the_same_with_any_cut_and_threads() -> None:
     first = merged(1, blocks.CPU_BLOCK)
     assert same_bits(first, merged(2, blocks.CPU_BLOCK))
     assert same_bits(first, merged(2, 12345))
+
+
+def test_weights_of_a_float64_merge_are_float64() -> None:
+    base = torch.zeros(1, dtype=torch.float64)
+    candidates = [Candidate(base + value, base, Magnitude()) for value in (1.0, 2.0)]
+    merged = merge_ties(candidates, [1.0, 1.0], [0.3, 0.1], 1.0)
+    assert merged.item() == (0.3 * 1.0 + 0.1 * 2.0) / (0.3 + 0.1)
 
 
 def test_votes_are_counted_in_the_recipes_order() -> None:

@@ -69,7 +69,7 @@ def merge_ties(
         for tau, weight in zip(trimmed, weights, strict=True):
             agrees = torch.where(positive, tau > 0, tau < 0)
             total += tau.mul_(agrees)
-            divisor += agrees.mul(weight)
+            divisor += agrees.to(divisor.dtype).mul_(weight)
         if normalize:
             total /= divisor.masked_fill_(divisor == 0, 1)
         block.of(merged).copy_(scaled_sum(start, total, scale))
