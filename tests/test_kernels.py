@@ -559,7 +559,10 @@ def test_random_claims_nothing_that_does_not_differ() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("where", ["base", "expert"])
-@pytest.mark.parametrize("criterion", [Magnitude(), Saliency(torch.ones(1, 30))])
+@pytest.mark.parametrize(
+    "criterion",
+    [Magnitude(), Saliency(torch.ones(1, 30)), GivenScores(torch.ones(20, 30)), RandomScores(1)],
+)
 def test_weights_that_are_not_finite_are_refused(
     bad: float, where: str, criterion: Criterion, monkeypatch: pytest.MonkeyPatch
 ) -> None:

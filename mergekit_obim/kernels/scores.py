@@ -63,7 +63,7 @@ class GivenScores:
     values: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        return part.of(self.values).to(delta.dtype).mul(delta != 0)
+        return part.of(self.values).to(delta.dtype).mul(_differs(delta))
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,13 @@ class RandomScores:
         # Subnormals are left out: a device may flush them to zero.
         smallest, largest = 0x00800000, 0x7F7FFFFF
         spelled = (bits % (largest - smallest) + smallest).to(torch.int32)
-        return spelled.view(torch.float32).to(delta.dtype).mul_(delta != 0)
+        return spelled.view(torch.float32).to(delta.dtype).mul_(_differs(delta))
+
+
+def _differs(delta: torch.Tensor) -> torch.Tensor:
+    """1 where δ is not 0, else 0; NaN where δ is not finite, so that it is found. Uses δ up."""
+    differs = delta != 0
+    return delta.mul_(0).add_(differs)
 
 
 def random_key(*parts: object) -> int:
