@@ -4,8 +4,8 @@ Times `python -c pass` in two virtual environments that differ only in the three
 wheel puts at the root of site-packages (mergekit_obim/_autoload/). Starts alternate between the
 two, in random order within each pair, so that whatever else the machine does falls on both alike.
 Prints the medians of the elapsed and of the processor time, the medians of the paired differences
-with 95 % bootstrap intervals, and one JSON line. Exits with 1 if the difference in processor time, which
-other programs on a busy machine stretch less, is not below --limit.
+with 95 % bootstrap intervals, and one JSON line. Exits with 1 if the difference in processor time,
+which other programs on a busy machine stretch less, is not below --limit.
 
     python benchmarks/startup.py [--pairs 400] [--limit 1.0]
 """
