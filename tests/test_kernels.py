@@ -168,7 +168,6 @@ CUTS = st.tuples(st.sampled_from([1, 3, 7, 64, 1 << 16]), st.sampled_from([1, 4,
 def cut_into(block: int, sample: int) -> Iterator[None]:
     with (
         mock.patch.object(blocks, "CPU_BLOCK", block),
-        mock.patch.object(selection, "_SECOND_LOOK", 2 * block),
         mock.patch.object(selection, "_SAMPLE", sample),
     ):
         yield
@@ -359,7 +358,6 @@ def test_selection_is_exact_whatever_the_sample_saw(
     kind: str, sample: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(selection, "_SAMPLE", sample)
-    monkeypatch.setattr(selection, "_SECOND_LOOK", 700)
     monkeypatch.setattr(blocks, "CPU_BLOCK", 500)
     tensor = large_inputs()[kind].view(60, 50)
     candidate = Candidate(tensor, torch.zeros_like(tensor), Magnitude())

@@ -7,19 +7,16 @@ for every block size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 
 # Elements in a block: a few float32 temporaries of it stay within a core's second-level
-# cache, so that a chain of operations reads and writes main memory once. It is also the
-# most that torch does on one thread: two threads for one small operation wait for each
-# other longer than they work, so threads are given blocks of their own instead. A GPU
-# wants fewer, larger launches.
-CPU_BLOCK = 1 << 15
+# cache, so that a chain of operations reads and writes main memory once. It is also less
+# than torch splits between threads, which for so small an operation wait for each other
+# longer than they work. A GPU wants fewer, larger launches.
+CPU_BLOCK = 28 << 10
 DEVICE_BLOCK = 1 << 25
 
 
@@ -70,22 +67,6 @@ class Positions:
 
 
 Part = Block | Positions
-Result = TypeVar("Result")
-
-
-def for_each_block(
-    work: Callable[[Block], Result], shape: torch.Size, device: torch.device
-) -> list[Result]:
-    """Do some work for every block, on as many threads as torch may use; results in flat order.
-
-    The work on one block must not depend on another's.
-    """
-    whole = list(blocks(shape, device))
-    threads = min(torch.get_num_threads(), len(whole)) if device.type == "cpu" else 1
-    if threads <= 1:
-        return [work(block) for block in whole]
-    with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, whole))
 
 
 def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) -> Iterator[Block]:

@@ -60,16 +60,16 @@ def count(mask: Mask) -> int:
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
 
 
-def compress(values: torch.Tensor, mask: Mask) -> torch.Tensor:
+def take(values: torch.Tensor, mask: Mask) -> torch.Tensor:
     """The values under a mask, in flat order, [n]."""
     if isinstance(mask, np.ndarray):
         return torch.as_tensor(values.numpy()[mask])
     return values[mask]
 
 
-def positions(mask: Mask) -> torch.Tensor:
-    """Flat indices of a mask's positions, int64 [n], ascending."""
+def put(target: torch.Tensor, mask: Mask, values: torch.Tensor) -> None:
+    """The reverse of `take`: write values [n], in flat order, under a mask of n positions."""
     if isinstance(mask, np.ndarray):
-        return torch.as_tensor(np.flatnonzero(mask))
-    flat: torch.Tensor = mask.reshape(-1).nonzero().squeeze(-1)
-    return flat
+        target.numpy()[mask] = values.numpy()
+    else:
+        target[mask] = values.to(target.dtype)

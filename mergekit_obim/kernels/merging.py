@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_obim.kernels.blocks import Block, for_each_block
+from mergekit_obim.kernels.blocks import blocks
 from mergekit_obim.kernels.masked import array, assign
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
@@ -34,8 +34,7 @@ def merge_owned(
         A new tensor like ``base``.
     """
     merged = base.clone(memory_format=torch.contiguous_format)
-
-    def write(block: Block) -> None:
+    for block in blocks(base.shape, base.device):
         part = block.of(merged)
         owned = array(block.of(owner))
         for k, (expert, scale) in enumerate(zip(experts, scales, strict=True)):
@@ -44,8 +43,6 @@ def merge_owned(
                 start = block.of(base)
                 value = scaled_sum(start, task_vector(value, start), scale)
             assign(part, value, where=owned == k)
-
-    for_each_block(write, base.shape, base.device)
     return merged
 
 

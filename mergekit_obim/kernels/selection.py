@@ -13,8 +13,8 @@ import torch
 
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels import masked
-from mergekit_obim.kernels.blocks import Block, Part, Positions, blocks, for_each_block
-from mergekit_obim.kernels.masked import array, assign, compress, positions
+from mergekit_obim.kernels.blocks import Block, Part, Positions, blocks
+from mergekit_obim.kernels.masked import array, assign
 from mergekit_obim.kernels.scores import Candidate
 
 # Labels in a uint8 map of owners; experts are numbered from 0.
@@ -23,8 +23,6 @@ _UNDECIDED = 254
 MAX_EXPERTS = 254
 
 _SAMPLE = 1 << 16
-# The second pass touches few of a block's elements, so its blocks can be larger.
-_SECOND_LOOK = 1 << 20
 
 
 def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate) -> int:
@@ -87,42 +85,37 @@ def _claim_between(
     owner: torch.Tensor, label: int, count: int, candidate: Candidate, low: float, high: float
 ) -> int | None:
     """Claim every free score above ``high`` and the best in [low, high]; None if that misses."""
-
-    def claim_sure(block: Block) -> tuple[int, torch.Tensor]:
+    wanted = count
+    undecided: list[tuple[Block, torch.Tensor]] = []
+    for block in blocks(owner.shape, owner.device):
         owned = block.of(owner)
         scores = _free_scores(candidate, block, owned)
         ranked = array(scores)
         sure = ranked > high
         assign(owned, label, where=sure)
+        wanted -= masked.count(sure)
         # What scores zero is in no bracket.
         maybe = (ranked >= low if low > 0 else ranked > 0) ^ sure
         assign(owned, _UNDECIDED, where=maybe)
-        return masked.count(sure), compress(scores, maybe)
-
-    results = for_each_block(claim_sure, owner.shape, owner.device)
-    wanted = count - sum(above for above, _ in results)
-    undecided = sum(len(values) for _, values in results)
-    if wanted < 0 or (wanted > undecided and low > 0):
+        undecided.append((block, masked.take(scores, maybe)))
+    found = sum(len(scores) for _, scores in undecided)
+    if wanted < 0 or (wanted > found and low > 0):
         return None
-    if wanted >= undecided:
+    if wanted >= found:
         _relabel(owner, _UNDECIDED, label)
-        return count - wanted + undecided
-    threshold, ties = _kth_largest(torch.cat([values for _, values in results]), wanted)
-    for block in blocks(owner.shape, owner.device, _SECOND_LOOK):
+        return count - wanted + found
+    threshold, ties = _kth_largest(torch.cat([scores for _, scores in undecided]), wanted)
+    for block, scores in undecided:
         owned = block.of(owner)
-        open_ = positions(array(owned) == _UNDECIDED)
-        if not len(open_):
-            continue
-        scores = candidate.scores(Positions(open_ + block.start))
         tied = scores == threshold
         keep = (scores > threshold) | (tied & (tied.cumsum(0) <= ties))
         ties -= min(ties, int(tied.count_nonzero()))
-        owned.view(-1)[open_] = torch.where(keep, label, FREE).to(torch.uint8)
+        masked.put(owned, array(owned) == _UNDECIDED, torch.where(keep, label, FREE))
     return count
 
 
 def _relabel(owner: torch.Tensor, old: int, new: int) -> None:
-    for block in blocks(owner.shape, owner.device, _SECOND_LOOK):
+    for block in blocks(owner.shape, owner.device):
         owned = block.of(owner)
         assign(owned, new, where=array(owned) == old)
 
