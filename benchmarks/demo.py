@@ -28,11 +28,11 @@ from typing import Any, TypeVar
 
 if not __package__:  # run as `python benchmarks/demo.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-# For this process and for the commands it runs: nothing is to be downloaded, and an operation
-# gets one thread. Those of models so small gain little from a second, and lose tenfold to its
-# waiting where the cores are shared; whole models are trained side by side instead.
-os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["OMP_NUM_THREADS"] = "1"
+if __name__ == "__main__":  # for this process, before torch is loaded, and for the commands
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    # Operations of models so small gain little from a second thread, and lose tenfold to its
+    # waiting where the cores are shared; whole models are trained side by side instead.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import torch
 import transformers
@@ -203,7 +203,7 @@ def make(out: Path, key: str, build: Callable[[Path], None]) -> None:
 
 def digest(*parts: Any) -> str:
     """A hash of anything that JSON can write; a path stands for its file's contents."""
-    contents = [part.read_text() if isinstance(part, Path) else part for part in parts]
+    contents = [part.read_text("utf-8") if isinstance(part, Path) else part for part in parts]
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 

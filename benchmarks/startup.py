@@ -32,13 +32,20 @@ WARM_UP = 20
 
 
 def environment(folder: Path, with_shim: bool) -> Path:
-    """Makes a bare virtual environment and returns its interpreter."""
+    """Makes a virtual environment with setuptools' start-up files and returns its interpreter.
+
+    torch wants setuptools, so they are wherever mergekit is; the first `.pth` file costs
+    every start a codec that later ones find loaded.
+    """
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    here = Path(sysconfig.get_path("purelib"))
+    shutil.copy(here / "distutils-precedence.pth", site_packages)
+    shutil.copytree(here / "_distutils_hack", site_packages / "_distutils_hack")
     if with_shim:
-        site_packages = sysconfig.get_path("purelib", "venv", {"base": str(folder)})
         for path in SHIM.glob("mergekit_obim_autoload.*"):
             shutil.copy(path, site_packages)
-        compileall.compile_dir(site_packages, quiet=1)  # As pip does when it installs.
+    compileall.compile_dir(site_packages, quiet=1)  # As pip does when it installs.
     return folder / "bin" / "python"
 
 
