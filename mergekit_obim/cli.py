@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_obim import __version__
-from mergekit_obim.errors import RecipeError
+from mergekit_obim.errors import RecipeError, one_line
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -154,13 +154,13 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
         torch.empty(0, device=options["device"])
     except Exception as error:  # torch raises several kinds
         raise RecipeError(
-            f"--device {options['device']}: torch cannot use it here ({_one_line(error)}); leave "
+            f"--device {options['device']}: torch cannot use it here ({one_line(error)}); leave "
             "--device out to take what there is"
         ) from error
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RecipeError(f"{out_dir}: cannot be written to: {_one_line(error)}") from error
+        raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
     options["max_memory"] = dict(options["max_memory"])
     run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
@@ -181,16 +181,12 @@ def _read_recipe(path: Path) -> Mapping[str, Any]:
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {_one_line(error)}") from error
+        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
     if not isinstance(recipe, dict):
         raise RecipeError(
             f"{path}: not a recipe: it should be a mapping with merge_method and models"
         )
     return recipe
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
 
 
 def _summary(measured: Measured) -> str:

@@ -52,3 +52,8 @@ class DeviceMemoryError(ObimError, MemoryError):
 
 class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations that are not finite numbers."""
+
+
+def one_line(error: BaseException) -> str:
+    """Another library's message on one line, for ours to quote; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, is_local_file
-from mergekit_obim.errors import CalibrationError
+from mergekit_obim.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -300,7 +300,7 @@ def _read_parquet(path: str, source: DataSource) -> Rows:
             table = file.read()
     except pyarrow.ArrowException as error:
         raise CalibrationError(
-            f"{source.data}: is not a readable parquet file: {_one_line(error)}"
+            f"{source.data}: is not a readable parquet file: {one_line(error)}"
         ) from error
     return Rows(range(len(table)), decode=lambda index: table.slice(index, 1).to_pylist()[0])
 
@@ -318,7 +318,7 @@ def _load_data_set(source: DataSource) -> Rows:
         )
     except Exception as error:  # `datasets` raises nearly every kind
         raise CalibrationError(
-            f"{source.data}: is no file here and can't be loaded as a data set: {_one_line(error)}"
+            f"{source.data}: is no file here and can't be loaded as a data set: {one_line(error)}"
         ) from error
     split = source.split
     if split is None:
@@ -407,7 +407,7 @@ def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> ChatText:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
     except Exception as error:  # a template is a program, with errors of its own
         raise CalibrationError(
-            f"the chat template doesn't take these messages: {_one_line(error)}"
+            f"the chat template doesn't take these messages: {one_line(error)}"
         ) from error
     return ChatText(text)
 
@@ -547,7 +547,3 @@ def batches(sequences: Sequence[list[int]], batch_size: int) -> Iterator[list[li
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -27,6 +27,7 @@ from mergekit_obim.errors import (
     DeviceMemoryError,
     RecipeError,
     SaliencyFileError,
+    one_line,
 )
 from mergekit_obim.fingerprint import Fingerprint, fingerprint
 from mergekit_obim.kernels.scores import task_vector
@@ -437,7 +438,7 @@ def _run(
     progress = tqdm(
         total=data.tokens, desc=f"Measuring {expert.model}", unit="tok", disable=options.quiet
     )
-    with progress, torch.no_grad(), capture:
+    with progress, capture:  # which turns gradients off
         for batch in batches(data.sequences, _AUTO_TOKENS if size == "auto" else size):
             longest = len(batch[0])
             step = max(1, _AUTO_TOKENS // longest) if size == "auto" else size
@@ -511,5 +512,5 @@ def _merge_dtype(name: str | None) -> torch.dtype | None:
 
 
 def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "…"
