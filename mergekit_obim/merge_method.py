@@ -69,6 +69,7 @@ CHOICES = {
 _PLANNED = ("tensor_name", "vocabulary_rows", "layer")
 # Densities such as 0.3333 and 0.6667 may add up to a little over 1.
 _DENSITY_SLACK = 1e-6
+_OPEN_BYTES = 1 << 28
 
 
 class _Parameter(ParameterSpec):
@@ -153,6 +154,27 @@ class VocabularyRows:
         return h.movedim(0, self.axis)
 
 
+@dataclass
+class _ReadBytes:
+    """Lets go of checkpoint files once so much of them was read.
+
+    mergekit maps whole files, and the pages that were read stay in the process for as long
+    as the loader keeps the file open: in the end, all input models at once.
+    """
+
+    since: int = 0
+
+    def add(self, count: int) -> None:
+        self.since += count
+        tasks = sys.modules.get("mergekit.io.tasks")
+        if tasks and self.since >= _OPEN_BYTES:
+            tasks.LoaderCache().flush_all()  # each opens its file again when it is asked next
+            self.since = 0
+
+
+_READ = _ReadBytes()
+
+
 class _SaliencyMethod(GroupMergeMethod):
     """What obim and ties_obm share: parameters, saliency look-up, fall-backs."""
 
@@ -212,13 +234,15 @@ class _SaliencyMethod(GroupMergeMethod):
         # positions has none.
         entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
         try:
-            return self._merge(replace(group, entries=entries), **parameters)
+            merged = self._merge(replace(group, entries=entries), **parameters)
         except UnscorableError as error:
             models = ", ".join(str(entry.id) for entry in group.non_base)
             raise UnscorableError(
                 f"tensor {name}: {error.message} in one of {models}; a checkpoint with NaN or "
                 "infinite weights cannot be merged"
             ) from error
+        _READ.add(sum(entry.tensor.nbytes for entry in entries))
+        return merged
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         raise NotImplementedError

@@ -7,16 +7,16 @@ for every block size.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-# Elements in a block: a few float32 temporaries of it stay within a core's second-level
-# cache, so that a chain of operations reads and writes main memory once. It is also less
-# than torch splits between threads, which for so small an operation wait for each other
-# longer than they work. A GPU wants fewer, larger launches.
-CPU_BLOCK = 28 << 10
+# Elements in a block: a few float32 temporaries of it stay within the caches, so that a
+# chain of operations reads and writes main memory once; with less, the calls take longer
+# than the work. A GPU wants fewer, larger launches.
+CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 25
 
 
@@ -51,15 +51,14 @@ class Positions:
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
         """The elements at these positions, [n]."""
         if tensor.is_contiguous():
-            return tensor.view(-1)[self.flat]
-        # Indexing along every axis leaves strided and expanded tensors uncopied. A broadcast
-        # axis has one element, wherever the position is.
-        index = []
-        flat = self.flat
+            return tensor.view(-1).index_select(0, self.flat)
+        # Their places in memory, whatever the strides: an expanded tensor stays uncopied.
+        places, flat, last = torch.zeros_like(self.flat), self.flat, 0
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
-            index.append(flat % size if stride else torch.zeros_like(flat))
+            places += flat % size * stride
             flat = flat // size
-        return tensor[tuple(reversed(index))]
+            last += (size - 1) * stride
+        return tensor.as_strided((last + 1,), (1,)).index_select(0, places)
 
     def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
         """The flat indices themselves."""
@@ -96,3 +95,26 @@ def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) ->
             last = min(first + step, shape[axis])
             yield Block((*leading, slice(first, last)), start)
             start += (last - first) * row
+
+
+class _Kept(threading.local):
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+
+
+_KEPT = _Kept()
+
+
+def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory [size] for what does not outlive a block: this thread's, the same for each name.
+
+    Fresh memory from the system costs more than what is done in it, as every page of it
+    has to be mapped. A GPU's allocator keeps memory by itself.
+    """
+    if device.type != "cpu":
+        return torch.empty(size, dtype=dtype, device=device)
+    kept = _KEPT.memory.get((name, dtype))
+    if kept is None or len(kept) < size:
+        kept = torch.empty(max(size, CPU_BLOCK), dtype=dtype, device=device)
+        _KEPT.memory[name, dtype] = kept
+    return kept[:size]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import array, assign
+from mergekit_obim.kernels.masked import array, select
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
 
@@ -42,7 +42,7 @@ def merge_owned(
             if scale != 1:
                 start = block.of(base)
                 value = scaled_sum(start, task_vector(value, start), scale)
-            assign(part, value, where=owned == k)
+            select(part, value, owned == k)
     return merged
 
 

@@ -8,11 +8,14 @@ block later experts.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from mergekit_obim.kernels.blocks import Part
+from mergekit_obim.kernels.masked import array, namespace, upcast
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,16 +27,26 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def task_vector(expert: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def task_vector(
+    expert: torch.Tensor, base: torch.Tensor, memory: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
     """δ = θ_k − θ_B (equation 1), in :func:`working_dtype`.
 
     Args:
         expert: θ_k, any shape and floating dtype.
         base: θ_B, same shape, dtype and device.
+        memory: Two tensors to work in, of the working dtype, [elements]; the result lies
+            in the first. Without them it is new memory.
     """
     dtype = working_dtype(base.dtype)
+    memory = memory or torch.empty(2, expert.numel(), dtype=dtype, device=base.device).unbind()
+    delta, start = (row.view(expert.shape) for row in memory)
     # The subtraction is done after the upcast: in bf16 it would be rounded to 8 bits.
-    return expert.to(dtype, copy=True).sub_(base)
+    upcast(delta, expert)
+    upcast(start, base)
+    difference = array(delta)
+    difference -= array(start)
+    return delta
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,10 @@ class Saliency:
     h: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        h = part.of(self.h.expand(shape)).to(delta.dtype)
-        return delta.square_().mul_(h)
+        s = array(delta)
+        s *= s
+        s *= array(part.of(self.h.expand(shape)))
+        return delta
 
 
 @dataclass(frozen=True)
@@ -63,7 +78,9 @@ class GivenScores:
     values: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        return part.of(self.values).to(delta.dtype).mul(_differs(delta))
+        scores = array(_differs(delta))
+        scores *= array(part.of(self.values))
+        return delta
 
 
 @dataclass(frozen=True)
@@ -71,7 +88,9 @@ class Magnitude:
     """s = |δ|: TIES' ranking (the paper's TIES+IM, table 3)."""
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        return delta.abs_()
+        xp = namespace(delta.device)
+        xp.absolute(array(delta), out=array(delta))
+        return delta
 
 
 @dataclass(frozen=True)
@@ -88,19 +107,23 @@ class RandomScores:
     key: int
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        bits = _splitmix(part.positions(shape, delta.device), self.key)
-        # The bits of a positive float32 sort like the integer they spell, so 31 random
-        # bits make a ranking without the ties that 24 bits of mantissa would have.
-        # Subnormals are left out: a device may flush them to zero.
-        smallest, largest = 0x00800000, 0x7F7FFFFF
-        spelled = (bits % (largest - smallest) + smallest).to(torch.int32)
-        return spelled.view(torch.float32).to(delta.dtype).mul_(_differs(delta))
+        ranking = _splitmix(part.positions(shape, delta.device), self.key)
+        # The bits of a positive float32 sort like the integer they spell, so 30 random
+        # bits make a ranking without the ties that 24 bits of mantissa would have. From
+        # 2^29 on they spell normal numbers; a device may flush others to zero.
+        spelled = ranking.bitwise_right_shift_(1).add_(1 << 29).to(torch.int32)
+        scores = array(_differs(delta))
+        scores *= array(spelled.view(torch.float32))
+        return delta
 
 
 def _differs(delta: torch.Tensor) -> torch.Tensor:
     """1 where δ is not 0, else 0; NaN where δ is not finite, so that it is found. Uses δ up."""
-    differs = delta != 0
-    return delta.mul_(0).add_(differs)
+    score = array(delta)
+    differs = score != 0
+    score *= 0
+    score += differs
+    return delta
 
 
 def random_key(*parts: object) -> int:
@@ -111,10 +134,10 @@ def random_key(*parts: object) -> int:
 
 def _splitmix(counter: torch.Tensor, key: int) -> torch.Tensor:
     """31 random bits per counter: Steele, Lea and Flood's SplitMix64 finaliser (OOPSLA 2014)."""
-    x = counter * _signed(0x9E3779B97F4A7C15) + key
-    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
-    return _shift(x ^ _shift(x, 31), 33)
+    x = (counter * _signed(0x9E3779B97F4A7C15)).add_(key)
+    x.bitwise_xor_(_shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return _shift(x.bitwise_xor_(_shift(x, 31)), 33)
 
 
 def _signed(value: int) -> int:
@@ -123,7 +146,7 @@ def _signed(value: int) -> int:
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
     """Shift right without copying the sign, which int64's own shift does."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
 Criterion = Saliency | GivenScores | Magnitude | RandomScores
@@ -143,7 +166,12 @@ class Candidate:
     base: torch.Tensor
     criterion: Criterion
 
-    def scores(self, part: Part) -> torch.Tensor:
-        """Scores of a part of the tensor, in the working dtype, shaped like the part."""
-        delta = task_vector(part.of(self.expert), part.of(self.base))
-        return self.criterion(delta, part, self.base.shape)
+    def scores(self, part: Part, memory: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+        """Scores of a part of the tensor, in the working dtype, shaped like the part; contiguous.
+
+        ``memory`` is where to put them, as for :func:`task_vector`.
+        """
+        # Who asks looks whether they are finite; numpy need not warn of it.
+        with np.errstate(invalid="ignore", over="ignore"):
+            delta = task_vector(part.of(self.expert), part.of(self.base), memory)
+            return self.criterion(delta, part, self.base.shape)

@@ -1,28 +1,34 @@
 """The exact top share of a tensor's positions, found in about one pass over it.
 
-A sample brackets the threshold. One pass then claims what is surely above the bracket
-and sets aside what falls inside it, a percent or two of the tensor; only that is sorted
-out exactly. The sample decides how fast this is, never what is selected.
+A sample brackets the threshold. One pass then claims what is surely above the bracket and
+sets aside what falls inside it, a few percent of the tensor; only that is sorted out
+exactly. Scores that clump so that too many fall inside are counted digit by digit instead.
+The sample decides how fast this is, never what is selected.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels import masked
-from mergekit_obim.kernels.blocks import Block, Part, Positions, blocks
-from mergekit_obim.kernels.masked import array, assign
-from mergekit_obim.kernels.scores import Candidate
+from mergekit_obim.kernels.blocks import Positions, blocks, scratch
+from mergekit_obim.kernels.masked import Array, Mask, array
+from mergekit_obim.kernels.scores import Candidate, working_dtype
 
 # Labels in a uint8 map of owners; experts are numbered from 0.
 FREE = 255
-_UNDECIDED = 254
 MAX_EXPERTS = 254
 
-_SAMPLE = 1 << 16
+# The sample: runs of neighbours, which share cache lines.
+_RUNS = 1 << 10
+_RUN_LENGTH = 16
+# What is set aside takes 8 bytes a position and a copy to sort: with this share at most, 1.5
+# bytes a position of the tensor. Sorting more than that would not be faster than counting.
+_LARGEST_SHARE = 1 / 8
 
 
 def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate) -> int:
@@ -46,18 +52,48 @@ def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate)
         UnscorableError: A score is not a finite number.
     """
     total = owner.numel()
-    if count <= 0 or total == 0:
+    count = min(count, total)
+    if count <= 0:
         return 0
-    if total > 4 * _SAMPLE:
-        claimed = _claim_between(owner, label, count, candidate, *_bracket(owner, count, candidate))
-        if claimed is not None:
-            return claimed
-        # The sample misled (values in clumps): give back what was labelled and look at all.
-        _relabel(owner, label, FREE)
-        _relabel(owner, _UNDECIDED, FREE)
-    claimed = _claim_between(owner, label, count, candidate, 0.0, math.inf)
-    assert claimed is not None
+    low, high, limit = 0.0, math.inf, total
+    if total > 4 * _RUNS * _RUN_LENGTH:
+        low, high = _bracket(owner, count, candidate)
+        limit = int(total * _LARGEST_SHARE)
+    if low == high:
+        claimed = _claim_above(owner, label, count, candidate, low)
+    else:
+        claimed = _claim_between(owner, label, count, candidate, low, high, limit)
+    if claimed is None:
+        threshold = _threshold_by_digits(owner, count, candidate)
+        claimed = _claim_above(owner, label, count, candidate, threshold)
+        assert claimed is not None
     return claimed
+
+
+def _walk(owner: torch.Tensor, candidate: Candidate) -> Iterator[tuple[Array, Array, Mask, Mask]]:
+    """Block by block, flat: the owners (a view), the scores, what is free, and a mask to use.
+
+    All but the owners lie in memory that the next block is going to use.
+    """
+    xp, flat = masked.namespace(owner.device), owner.view(-1)
+    dtype = working_dtype(candidate.base.dtype)
+    for block in blocks(owner.shape, owner.device):
+        size = block.of(owner).numel()
+        memory = [scratch(name, size, dtype, owner.device) for name in ("delta", "start")]
+        free, spare = (
+            array(scratch(name, size, torch.bool, owner.device)) for name in ("free", "spare")
+        )
+        scores = candidate.scores(block, memory).view(-1)
+        _check_finite(scores)
+        owned = array(flat[block.start : block.start + size])
+        # FREE is the highest label.
+        yield owned, array(scores), xp.greater_equal(owned, FREE, out=free), spare
+
+
+def _check_finite(scores: torch.Tensor) -> None:
+    # One reduction finds NaN and infinity alike: both survive a maximum.
+    if not math.isfinite(float(array(scores).max())):
+        raise UnscorableError("the task vector or its saliency is not finite")
 
 
 def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[float, float]:
@@ -66,81 +102,136 @@ def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[flo
     Five standard deviations of the sample's rank on either side.
     """
     total = owner.numel()
-    # A fixed odd multiplier scatters the sample over rows and columns; a plain stride
-    # could hit the same few columns of every row.
-    flat = torch.arange(_SAMPLE, device=owner.device) * 0x5851F42D4C957F2D
-    sample = Positions((flat & ((1 << 62) - 1)) % total)
-    scores = _free_scores(candidate, sample, sample.of(owner))
-    ranked = scores.sort(descending=True).values
-    rank = count / total * _SAMPLE
-    margin = 5 * math.sqrt(max(rank * (1 - count / total), 1.0)) + 1
-    high, low = int(rank - margin), int(rank + margin)
+    # A fixed odd multiplier scatters the runs over rows and columns; a plain stride could
+    # hit the same few columns of every row.
+    runs = torch.arange(_RUNS, device=owner.device) * 0x5851F42D4C957F2D
+    first = (runs & ((1 << 62) - 1)) % (total - _RUN_LENGTH)
+    sample = Positions((first[:, None] + torch.arange(_RUN_LENGTH, device=owner.device)).view(-1))
+    scores = candidate.scores(sample)
+    _check_finite(scores)
+    scores *= sample.of(owner) == FREE
+    ranked = masked.descending(scores)
+    rank = count * len(ranked) // total
+    # Neighbours are alike, so the deviation is that of whole runs.
+    above = (scores >= ranked[min(rank, len(ranked) - 1)]).view(_RUNS, _RUN_LENGTH).sum(1)
+    margin = int(5 * math.sqrt(_RUNS * float(above.double().var(correction=0)))) + 5
+    low, high = rank + margin, rank - margin
     return (
-        float(ranked[low]) if low < _SAMPLE else 0.0,
+        float(ranked[low]) if low < len(ranked) else 0.0,
         float(ranked[high]) if high >= 0 else math.inf,
     )
 
 
 def _claim_between(
-    owner: torch.Tensor, label: int, count: int, candidate: Candidate, low: float, high: float
+    owner: torch.Tensor,
+    label: int,
+    count: int,
+    candidate: Candidate,
+    low: float,
+    high: float,
+    limit: int,
 ) -> int | None:
-    """Claim every free score above ``high`` and the best in [low, high]; None if that misses."""
-    wanted = count
-    undecided: list[tuple[Block, torch.Tensor]] = []
-    for block in blocks(owner.shape, owner.device):
-        owned = block.of(owner)
-        scores = _free_scores(candidate, block, owned)
-        ranked = array(scores)
-        sure = ranked > high
-        assign(owned, label, where=sure)
-        wanted -= masked.count(sure)
-        # What scores zero is in no bracket.
-        maybe = (ranked >= low if low > 0 else ranked > 0) ^ sure
-        assign(owned, _UNDECIDED, where=maybe)
-        undecided.append((block, masked.take(scores, maybe)))
-    found = sum(len(scores) for _, scores in undecided)
-    if wanted < 0 or (wanted > found and low > 0):
-        return None
-    if wanted >= found:
-        _relabel(owner, _UNDECIDED, label)
-        return count - wanted + found
-    threshold, ties = _kth_largest(torch.cat([scores for _, scores in undecided]), wanted)
-    for block, scores in undecided:
-        owned = block.of(owner)
-        tied = scores == threshold
-        keep = (scores > threshold) | (tied & (tied.cumsum(0) <= ties))
-        ties -= min(ties, int(tied.count_nonzero()))
-        masked.put(owned, array(owned) == _UNDECIDED, torch.where(keep, label, FREE))
-    return count
+    """Claim every free score above ``high`` and the best in [low, high].
 
-
-def _relabel(owner: torch.Tensor, old: int, new: int) -> None:
-    for block in blocks(owner.shape, owner.device):
-        owned = block.of(owner)
-        assign(owned, new, where=array(owned) == old)
-
-
-def _free_scores(candidate: Candidate, part: Part, owned: torch.Tensor) -> torch.Tensor:
-    """Scores of a part, zero where a position is taken."""
-    scores = masked.keep(candidate.scores(part), where=array(owned) == FREE)
-    # One reduction finds NaN and infinity alike: both survive a maximum.
-    if not math.isfinite(float(scores.amax())):
-        raise UnscorableError("the task vector or its saliency is not finite")
-    return scores
-
-
-def _kth_largest(values: torch.Tensor, k: int) -> tuple[float, int]:
-    """The k-th largest of ``values`` and how many of its equals are among the k largest.
-
-    ``values`` may be reordered. 0 means none: an infinite threshold.
+    Returns:
+        How many were claimed, or None, with nothing claimed, if the threshold is not in
+        between or more than ``limit`` scores are.
     """
-    if k == 0:
-        return math.inf, 0
-    if values.device.type == "cpu":
-        # numpy's partition is vectorised and works in place; torch's kthvalue copies and
-        # took five times as long.
-        array(values).partition(len(values) - k)
-        threshold = float(values[len(values) - k])
-    else:
-        threshold = float(values.kthvalue(len(values) - k + 1).values)
-    return threshold, k - int((values > threshold).count_nonzero())
+
+    xp = masked.namespace(owner.device)
+    reaches = xp.greater_equal if low > 0 else xp.greater  # What scores zero is in no bracket.
+    wanted, held = count, 0
+    undecided: list[tuple[Array, Array, Array]] = []
+    for owned, scores, free, mask in _walk(owner, candidate):
+        maybe = reaches(scores, low, out=mask)
+        maybe &= free
+        sure = xp.greater(scores, high, out=free)
+        sure &= maybe  # low <= high, so they are free
+        maybe ^= sure
+        wanted -= masked.count(sure)
+        masked.relabel(owned, sure, FREE, label)
+        where = masked.positions(maybe)
+        undecided.append((owned, where, scores[where]))
+        held += len(where)
+        if wanted < 0 or held > limit:
+            break
+    if wanted < 0 or held > limit or (wanted > held and low > 0):
+        _give_back(owner, label)
+        return None
+    missing = max(wanted - held, 0)
+    threshold, surplus = masked.largest([scores for *_, scores in undecided], wanted - missing)
+    for owned, where, scores in undecided:
+        owned[where[scores >= threshold]] = label
+    for owned, where, scores in reversed(undecided):
+        if not surplus:
+            break
+        tied = where[scores == threshold][-surplus:]
+        owned[tied] = FREE
+        surplus -= len(tied)
+    return count - missing
+
+
+def _claim_above(
+    owner: torch.Tensor, label: int, count: int, candidate: Candidate, threshold: float
+) -> int | None:
+    """Claim every free score above the threshold and the first of those equal to it.
+
+    Returns:
+        How many were claimed, or None, with nothing claimed, if it is not the threshold.
+    """
+
+    xp = masked.namespace(owner.device)
+    wanted, ties = count, 0
+    for owned, scores, free, mask in _walk(owner, candidate):
+        sure = xp.greater(scores, threshold, out=mask)
+        sure &= free
+        wanted -= masked.count(sure)
+        masked.relabel(owned, sure, FREE, label)
+        if threshold > 0:
+            tied = xp.greater_equal(scores, threshold, out=mask)
+            tied &= xp.greater_equal(owned, FREE, out=free)
+            ties += masked.count(tied)
+    if wanted < 0 or (wanted > ties and threshold > 0):
+        _give_back(owner, label)
+        return None
+    missing = max(wanted - ties, 0)
+    left = wanted - missing
+    for owned, scores, free, _ in _walk(owner, candidate) if left else ():
+        first = masked.positions((scores == threshold) & free)[:left]
+        owned[first] = label
+        left -= len(first)
+        if not left:
+            break
+    return count - missing
+
+
+def _threshold_by_digits(owner: torch.Tensor, count: int, candidate: Candidate) -> float:
+    """The ``count``-th highest free score, 0 if fewer are not zero: a radix select.
+
+    The bits of a non-negative float sort like the integer they spell. 16 bits at a time,
+    from the highest, a histogram tells which digit the threshold has.
+    """
+    dtype = working_dtype(candidate.base.dtype)
+    prefix, wanted = 0, count
+    highest = 8 * dtype.itemsize - 16
+    for shift in range(highest, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64, device=owner.device)
+        for _, scores, free, _ in _walk(owner, candidate):
+            scores *= free
+            spelled = masked.words(torch.as_tensor(scores))
+            if shift < highest:
+                spelled = spelled[spelled >> shift >> 16 == prefix]
+            counts += torch.as_tensor(masked.histogram(spelled >> shift & 0xFFFF, 1 << 16))
+        reached = counts.flip(0).cumsum(0)
+        below = int((reached < wanted).sum())
+        wanted -= int(reached[below - 1]) if below else 0
+        prefix = prefix << 16 | (0xFFFF - below)
+    word = torch.tensor([prefix], dtype=torch.int32 if dtype == torch.float32 else torch.int64)
+    return float(word.view(dtype))
+
+
+def _give_back(owner: torch.Tensor, label: int) -> None:
+    flat = owner.view(-1)
+    for block in blocks(flat.shape, flat.device):
+        owned = array(block.of(flat))
+        masked.relabel(owned, owned == label, label, FREE)
