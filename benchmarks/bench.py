@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import statistics
 import subprocess
@@ -177,6 +178,8 @@ def pre_pass(smoke: bool, repeats: int) -> dict[str, float]:
             with capture:
                 model(input_ids=batch, use_cache=False)
             paired.append((time.perf_counter() - start) / bare)
+            if dtype == torch.bfloat16 and len(paired) > 3:
+                break  # a CPU without bfloat16 arithmetic takes half a minute for each
         ratios[str(dtype).removeprefix("torch.")] = statistics.median(paired[1:])
         del model, capture
         gc.collect()
@@ -191,8 +194,10 @@ def machine() -> dict[str, str]:
     versions = {
         name: importlib.metadata.version(name) for name in ("mergekit", "torch", "transformers")
     }
+    found = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", found.read_text()) if found.exists() else []
     return {
-        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "processor": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
         "threads": str(torch.get_num_threads()),
         "python": platform.python_version(),
         **versions,
@@ -269,6 +274,7 @@ def main(smoke: bool, cache: Path, runs: int, write: bool) -> None:
     figures["kernels"] = kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
     figures["growth"] = growth(smoke, 1 if smoke else 3)
     figures["pre_pass"] = pre_pass(smoke, 1 if smoke else 5)
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
     text = tables(figures)
     print(text)
     if write:

@@ -1,0 +1,153 @@
+"""How a merge is run changes nothing in it: devices, executors, threads, blocks and samples."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from mergekit import multigpu_executor
+
+import checkpoints
+import commands
+from commands import World, succeed
+from mergekit_obim.kernels import blocks, selection
+
+METHODS = ["obim", "ties_obm"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return commands.build_world(tmp_path_factory.mktemp("independence"))
+
+
+def merge(world: World, method: str, folder: Path, *options: str) -> dict[str, torch.Tensor]:
+    """One merge with every way of ranking in it, scaled so that sums are rounded."""
+    parameters = {
+        "saliency": str(world.saliency),
+        "criterion": [
+            {"filter": "embed", "value": "random"},
+            {"filter": "mlp", "value": "magnitude"},
+            {"value": "saliency"},
+        ],
+        "lambda": 0.7,
+    }
+    recipe = world.recipe(merge_method=method, parameters=parameters, dtype="bfloat16")
+    path = commands.write_recipe(folder, recipe)
+    succeed(commands.mergekit_yaml(path, folder / "out", "--no-copy-tokenizer", *options))
+    return checkpoints.read_checkpoint(folder / "out")
+
+
+@pytest.fixture(scope="session")
+def plain(
+    world: World, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, torch.Tensor]]:
+    return {method: merge(world, method, tmp_path_factory.mktemp(method)) for method in METHODS}
+
+
+@contextlib.contextmanager
+def two_devices() -> Iterator[set[str]]:
+    """mergekit's executor for several GPUs, on two devices that are both this CPU.
+
+    Yields:
+        The devices that tasks were run on, filled in by then.
+    """
+    used: set[str] = set()
+    device_worker = multigpu_executor.MultiGPUExecutor._device_worker
+
+    def worker(self: Any, task_list: Any, **settings: Any) -> None:
+        used.add(str(settings["device"]))
+        device_worker(self, task_list, **settings)
+
+    with (
+        mock.patch.multiple(
+            multigpu_executor,
+            get_torch_accelerator_type=lambda *_: "cpu",
+            get_torch_accelerator_count=lambda *_: 2,
+            get_torch_accelerator_module=lambda *_: SimpleNamespace(synchronize=lambda device: 0),
+        ),
+        mock.patch.object(multigpu_executor.MultiGPUExecutor, "_device_worker", worker),
+        mock.patch.object(torch.cuda, "Stream"),
+        mock.patch.object(torch.cuda, "stream"),
+    ):
+        yield used
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [(), ("--low-cpu-memory",)])
+def test_several_devices(
+    options: tuple[str, ...],
+    method: str,
+    world: World,
+    plain: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    with two_devices() as used:
+        merged = merge(world, method, tmp_path, "--multi-gpu", *options)
+    assert used == {"cpu:0", "cpu:1"}
+    commands.same_tensors(merged, plain[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--low-cpu-memory", "--device", "cpu"),
+        ("--read-to-gpu", "--device", "cpu"),
+        ("--low-cpu-memory", "--read-to-gpu", "--lazy-unpickle", "--device", "cpu"),
+    ],
+    ids=" ".join,
+)
+def test_where_tensors_are_kept(
+    options: tuple[str, ...],
+    method: str,
+    world: World,
+    plain: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    commands.same_tensors(merge(world, method, tmp_path, *options), plain[method])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("block", "runs"), [(77, 4), (1000, 16), (1 << 18, 1)])
+def test_how_tensors_are_cut_and_sampled(
+    block: int,
+    runs: int,
+    method: str,
+    world: World,
+    plain: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    with (
+        mock.patch.object(blocks, "CPU_BLOCK", block),
+        mock.patch.object(selection, "_RUNS", runs),
+        mock.patch.object(selection, "_bracket", wraps=selection._bracket) as bracket,
+    ):
+        merged = merge(world, method, tmp_path)
+    assert bracket.called
+    commands.same_tensors(merged, plain[method])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads(
+    threads: int, world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    # mergekit's -j in a process of its own is in test_merge_method.
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_files_let_go_of_in_between(
+    world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+) -> None:
+    with mock.patch("mergekit_obim.merge_method._OPEN_BYTES", 1):
+        commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
