@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import reference
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import blocks, selection
+from mergekit_obim.kernels import blocks, masked, selection
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import (
@@ -401,6 +401,27 @@ def test_selection_is_exact_whatever_the_bracket(
     expected = np.where(top_of(scores, count), 2, FREE)
     expected[claimed_before.reshape(-1).numpy()] = 1
     assert owner.reshape(-1).tolist() == expected.tolist()
+
+
+@SETTINGS
+@given(merge=merges(), cut=CUTS)
+def test_what_runs_on_other_devices_gives_the_same(
+    merge: tuple[torch.Tensor, list[reference.Expert], list[int], float],
+    cut: tuple[int, tuple[int, int]],
+) -> None:
+    """torch's operations instead of numpy's, here on the CPU; a GPU has a test below."""
+    base, experts, order, lambda_ = merge
+    owner, merged = obim(base, experts, order, lambda_)
+    with cut_into(*cut), mock.patch.object(masked, "_by_numpy", return_value=False):
+        owner_2, merged_2 = obim(base, experts, order, lambda_)
+    assert torch.equal(owner, owner_2)
+    assert same_bits(merged, merged_2)
+
+
+@pytest.mark.parametrize("kind", large_inputs())
+def test_selection_on_other_devices_gives_the_same(kind: str) -> None:
+    with mock.patch.object(masked, "_by_numpy", return_value=False):
+        test_selection_is_exact_whatever_the_sample_saw(kind, (64, 1), torch.bfloat16)
 
 
 def big_merge() -> tuple[torch.Tensor, list[reference.Expert], list[int]]:

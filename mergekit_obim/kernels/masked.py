@@ -24,14 +24,18 @@ Array = Any  # a numpy array for what is on a CPU, a tensor for what is elsewher
 Mask = Any  # the same, of bool
 
 
+def _by_numpy(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 def namespace(device: torch.device) -> Any:
     """The library whose functions take what `array` gives: numpy or torch."""
-    return np if device.type == "cpu" else torch
+    return np if _by_numpy(device) else torch
 
 
 def array(tensor: torch.Tensor) -> Array:
     """The tensor as an operand: a numpy view on a CPU, itself elsewhere."""
-    return tensor.numpy() if tensor.device.type == "cpu" else tensor
+    return tensor.numpy() if _by_numpy(tensor.device) else tensor
 
 
 def words_of(dtype: torch.dtype) -> torch.dtype:
@@ -46,7 +50,7 @@ def words(tensor: torch.Tensor) -> Array:
 
 def upcast(target: torch.Tensor, value: torch.Tensor) -> None:
     """``target[...] = value``, to a wider float dtype of the same shape and device."""
-    if value.dtype == torch.bfloat16 and target.device.type == "cpu":
+    if value.dtype == torch.bfloat16 and _by_numpy(target.device):
         # bfloat16 is the upper half of a float32.
         bits = words(target)
         np.left_shift(words(value), 16, dtype=bits.dtype, out=bits)
@@ -99,7 +103,7 @@ def select(target: torch.Tensor, value: torch.Tensor, where: Mask) -> None:
 
 def descending(values: torch.Tensor) -> torch.Tensor:
     """Values [n], highest first."""
-    if values.device.type != "cpu":
+    if not _by_numpy(values.device):
         return values.sort(descending=True).values
     return torch.from_numpy(np.sort(values.numpy())).flip(0)
 
@@ -112,7 +116,7 @@ def largest(values: Sequence[Array], k: int) -> tuple[float, int]:
     if k == 0:
         return float("inf"), 0
     every = torch.cat([torch.as_tensor(part) for part in values])
-    if every.device.type == "cpu":
+    if _by_numpy(every.device):
         # numpy's partition is vectorised and works in place; torch's kthvalue copies and
         # took five times as long.
         array(every).partition(len(every) - k)

@@ -137,7 +137,6 @@ def _claim_between(
         How many were claimed, or None, with nothing claimed, if the threshold is not in
         between or more than ``limit`` scores are.
     """
-
     xp = masked.namespace(owner.device)
     reaches = xp.greater_equal if low > 0 else xp.greater  # What scores zero is in no bracket.
     wanted, held = count, 0
@@ -179,7 +178,6 @@ def _claim_above(
     Returns:
         How many were claimed, or None, with nothing claimed, if it is not the threshold.
     """
-
     xp = masked.namespace(owner.device)
     wanted, ties = count, 0
     for owned, scores, free, mask in _walk(owner, candidate):
