@@ -9,11 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv test lint types demo build clean
+.PHONY: help venv test test-large lint types demo bench build clean
 
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
 	@echo "make test   run the tests"
+	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (20 minutes)"
+	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
 	@echo "make lint   ruff's checks and format; make types: mypy --strict"
 	@echo "make build  an sdist and a wheel in dist/"
 	@echo "make venv   only set up $(VENV), which the others do by themselves"
@@ -36,6 +38,9 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-large: $(STAMP)
+	$(BIN)/python -m pytest -m large tests/test_large.py -s
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
@@ -45,6 +50,9 @@ types: $(STAMP)
 
 demo: $(STAMP)
 	$(BIN)/python -m benchmarks.demo --out .cache/demo
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.bench --write
 
 build: $(STAMP)
 	$(BIN)/python -m build

@@ -23,6 +23,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,7 @@ def pre_pass(smoke: bool, repeats: int) -> dict[str, float]:
 
 
 def machine() -> dict[str, str]:
-    """Where and with what the figures were taken."""
+    """Where and with what figures are taken."""
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     )
@@ -206,13 +207,45 @@ def machine() -> dict[str, str]:
     }
 
 
+def measure_part(part: str, cache: Path, smoke: bool, runs: int) -> Any:
+    """The figures of one of the parts."""
+    if part == "whole_runs":
+        size = "smoke" if smoke else "full"
+        folder = (cache / size).resolve()
+        if smoke:
+            return {"3 experts": whole_runs(folder, size, 1, 3, ["linear", "obim"])}
+        methods = ["linear", "dare_ties", "ties", "obim"]
+        return {
+            "3 experts": whole_runs(folder, size, runs, 3, methods),
+            "8 experts": whole_runs(folder, size, 1, 8, ["ties", "obim"]),
+        }
+    if part == "kernels":
+        side = 256 if smoke else 4096
+        return kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
+    if part == "growth":
+        return growth(smoke, 1 if smoke else 3)
+    return pre_pass(smoke, 1 if smoke else 5)
+
+
 def tables(figures: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    lines = [", ".join(f"{key} {value}" for key, value in figures["machine"].items()), ""]
-    for label, runs in figures["whole_runs"].items():
+    sections = [
+        "\n".join([*TABLES[part](kept["figures"]), "", "*" + _where(kept["machine"]) + "*"])
+        for part, kept in figures.items()
+    ]
+    return "\n\n".join(sections)
+
+
+def _where(machine: dict[str, str]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in machine.items())
+
+
+def _whole_runs_table(figures: dict[str, Any]) -> list[str]:
+    lines = []
+    for label, runs in figures.items():
         linear, ties = runs.get("linear"), runs.get("ties")
         lines += [
-            f"Whole `mergekit-yaml` runs, {label}:",
+            f"### Whole `mergekit-yaml` runs, {label}",
             "",
             "| method | seconds | over linear | over ties | peak GiB | peak over ties |",
             "|---|---|---|---|---|---|",
@@ -227,31 +260,52 @@ def tables(figures: dict[str, Any]) -> str:
                 f"| {run['peak_gib']:.2f} | {ratios[2]} |"
             )
         lines.append("")
-    kernel = figures["kernels"]
-    lines += [
-        f"Kernels, {kernel['elements']:,} elements, {kernel['experts']} bf16 experts, in copies of "
-        f"the tensor as float32 ({1000 * kernel['copy_seconds']:.1f} ms):",
+    return lines[:-1]
+
+
+def _kernels_table(kernel: dict[str, Any]) -> list[str]:
+    what = {
+        "claim_one": "the top third of one expert, by saliency",
+        "masks_saliency": "masks, by saliency",
+        "masks_magnitude": "masks, by magnitude",
+        "masks_random": "masks, at random",
+        "merge": "the merged tensor from the masks",
+    }
+    return [
+        f"### Kernels: {kernel['elements']:,} elements, {kernel['experts']} bf16 experts",
         "",
-        "| kernel | copies |",
+        f"| kernel | copies of the tensor as float32 ({1000 * kernel['copy_seconds']:.0f} ms) |",
         "|---|---|",
-        *(
-            f"| {name} | {kernel[name]:.1f} |"
-            for name in ("claim_one", "masks_saliency", "masks_magnitude", "masks_random", "merge")
-        ),
+        *(f"| {text} | {kernel[name]:.1f} |" for name, text in what.items()),
+    ]
+
+
+def _growth_table(rows: list[dict[str, Any]]) -> list[str]:
+    return [
+        "### Growth: masks and merge of one tensor",
         "",
-        "Growth: nanoseconds per element and expert, masks and merge.",
-        "",
-        "| elements | experts | ns |",
+        "| elements | experts | ns per element and expert |",
         "|---|---|---|",
-        *(f"| {r['elements']:,} | {r['experts']} | {r['ns']:.2f} |" for r in figures["growth"]),
-        "",
-        "Pre-pass: the measured forward over the bare one, 4 sequences.",
+        *(f"| {r['elements']:,} | {r['experts']} | {r['ns']:.1f} |" for r in rows),
+    ]
+
+
+def _pre_pass_table(ratios: dict[str, float]) -> list[str]:
+    return [
+        "### Pre-pass: the measured forward over the bare one",
         "",
         "| dtype | ratio |",
         "|---|---|",
-        *(f"| {dtype} | {ratio:.2f} |" for dtype, ratio in figures["pre_pass"].items()),
+        *(f"| {dtype} | {ratio:.2f} |" for dtype, ratio in ratios.items()),
     ]
-    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[Any], list[str]]] = {
+    "whole_runs": _whole_runs_table,
+    "kernels": _kernels_table,
+    "growth": _growth_table,
+    "pre_pass": _pre_pass_table,
+}
 
 
 @click.command()
@@ -260,27 +314,22 @@ def tables(figures: dict[str, Any]) -> str:
 )
 @click.option("--cache", type=click.Path(path_type=Path), default=".cache/bench", show_default=True)
 @click.option("--runs", default=3, show_default=True, help="Of each whole merge")
-@click.option("--write", is_flag=True, help="Put the tables into docs/performance.md")
-def main(smoke: bool, cache: Path, runs: int, write: bool) -> None:
+@click.option("--part", "parts", type=click.Choice(list(TABLES)), multiple=True, help="Only these")
+@click.option("--write", is_flag=True, help="Put tables and figures into docs/")
+def main(smoke: bool, cache: Path, runs: int, parts: tuple[str, ...], write: bool) -> None:
     """Benchmark the merge and the pre-pass."""
-    size = "smoke" if smoke else "full"
-    folder = (cache / size).resolve()
-    methods = ["linear", "obim"] if smoke else ["linear", "dare_ties", "ties", "obim"]
-    figures: dict[str, Any] = {"machine": machine(), "whole_runs": {}}
-    figures["whole_runs"]["3 experts"] = whole_runs(folder, size, 1 if smoke else runs, 3, methods)
-    if not smoke:
-        figures["whole_runs"]["8 experts"] = whole_runs(folder, size, 1, 8, ["ties", "obim"])
-    side = 256 if smoke else 4096
-    figures["kernels"] = kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
-    figures["growth"] = growth(smoke, 1 if smoke else 3)
-    figures["pre_pass"] = pre_pass(smoke, 1 if smoke else 5)
-    (folder / "figures.json").write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    kept = PAGE.with_suffix(".json")
+    figures = json.loads(kept.read_text(encoding="utf-8")) if write and kept.exists() else {}
+    for part in parts or TABLES:
+        figures[part] = {"machine": machine(), "figures": measure_part(part, cache, smoke, runs)}
+    figures = {part: figures[part] for part in TABLES if part in figures}
     text = tables(figures)
     print(text)
     if write:
-        page = PAGE.read_text(encoding="utf-8")
-        before, rest = page.split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+        kept.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        page = f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}"
+        PAGE.write_text(page, encoding="utf-8")
     print(json.dumps(figures))
 
 

@@ -257,6 +257,10 @@ class SaliencyFile:
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """An entry, float32 on the CPU; mapped from the file, so read it but don't write to it."""
+        file = self._file
+        if self.metadata.form == "dense":
+            # As large as the model: what was read would stay in memory while the file is open.
+            file = safe_open(str(self.path), framework="pt", device="cpu")
         # Not get_slice(): that one follows torch's default device, which mergekit sets.
-        tensor: torch.Tensor = self._file.get_tensor(name)
+        tensor: torch.Tensor = file.get_tensor(name)
         return tensor

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.large
 ROOT = Path(__file__).resolve().parent.parent
 
 # In a process of its own: what was the largest resident memory, before and after.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.scores import Candidate
-from mergekit_obim.kernels.selection import FREE, MAX_EXPERTS, claim_top
+from mergekit_obim.kernels.selection import MAX_EXPERTS, claim_top, nobodys
 
 
 def keep_count(density: float, numel: int) -> int:
@@ -38,7 +38,7 @@ def exclusive_masks(
     base = candidates[0].base
     if len(candidates) > MAX_EXPERTS:
         raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
-    owner = torch.full(base.shape, FREE, dtype=torch.uint8, device=base.device)
+    owner = nobodys(base)
     unclaimed = base.numel()
     for k in order:
         count = min(keep_count(densities[k], base.numel()), unclaimed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import array, select
+from mergekit_obim.kernels.masked import array, empty, select
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
 
@@ -33,7 +33,7 @@ def merge_owned(
     Returns:
         A new tensor like ``base``.
     """
-    merged = base.clone(memory_format=torch.contiguous_format)
+    merged = empty(base.shape, base.dtype, base.device).copy_(base)
     for block in blocks(base.shape, base.device):
         part = block.of(merged)
         owned = array(block.of(owner))

@@ -24,11 +24,16 @@ FREE = 255
 MAX_EXPERTS = 254
 
 # The sample: runs of neighbours, which share cache lines.
-_RUNS = 1 << 10
-_RUN_LENGTH = 16
+_RUNS = 512
+_RUN_LENGTH = 64
 # What is set aside takes 8 bytes a position and a copy to sort: with this share at most, 1.5
 # bytes a position of the tensor. Sorting more than that would not be faster than counting.
 _LARGEST_SHARE = 1 / 8
+
+
+def nobodys(base: torch.Tensor) -> torch.Tensor:
+    """A map of owners for a tensor, all ``FREE``: uint8, contiguous."""
+    return masked.empty(base.shape, torch.uint8, base.device).fill_(FREE)
 
 
 def claim_top(owner: torch.Tensor, label: int, count: int, candidate: Candidate) -> int:
@@ -99,7 +104,7 @@ def _check_finite(scores: torch.Tensor) -> None:
 def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[float, float]:
     """Two scores that the ``count``-th highest free score very likely lies between.
 
-    Five standard deviations of the sample's rank on either side.
+    Four standard deviations of the sample's rank on either side.
     """
     total = owner.numel()
     # A fixed odd multiplier scatters the runs over rows and columns; a plain stride could
@@ -114,7 +119,7 @@ def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[flo
     rank = count * len(ranked) // total
     # Neighbours are alike, so the deviation is that of whole runs.
     above = (scores >= ranked[min(rank, len(ranked) - 1)]).view(_RUNS, _RUN_LENGTH).sum(1)
-    margin = int(5 * math.sqrt(_RUNS * float(above.double().var(correction=0)))) + 5
+    margin = int(4 * math.sqrt(_RUNS * float(above.double().var(correction=0)))) + 5
     low, high = rank + margin, rank - margin
     return (
         float(ranked[low]) if low < len(ranked) else 0.0,

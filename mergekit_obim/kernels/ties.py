@@ -12,16 +12,15 @@ import torch
 
 from mergekit_obim.kernels.blocks import blocks
 from mergekit_obim.kernels.exclusive import keep_count
+from mergekit_obim.kernels.masked import empty
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import Candidate, task_vector
-from mergekit_obim.kernels.selection import FREE, claim_top
+from mergekit_obim.kernels.selection import claim_top, nobodys
 
 
 def trim(candidate: Candidate, density: float) -> torch.Tensor:
     """TIES' first step: a bool mask of the top share of one task vector."""
-    kept = torch.full_like(
-        candidate.base, FREE, dtype=torch.uint8, memory_format=torch.contiguous_format
-    )
+    kept = nobodys(candidate.base)
     claim_top(kept, 0, keep_count(density, kept.numel()), candidate)
     return kept == 0
 
@@ -52,7 +51,7 @@ def merge_ties(
     kept = [
         trim(candidate, density) for candidate, density in zip(candidates, densities, strict=True)
     ]
-    merged = base.clone(memory_format=torch.contiguous_format)
+    merged = empty(base.shape, base.dtype, base.device)
     for block in blocks(base.shape, base.device):
         start = block.of(base)
         trimmed = [
