@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 import checkpoints
 import commands
 from commands import World, refusal, says
-from mergekit_obim import merge_method, saliency_file
+from mergekit_obim import saliency_file
 from mergekit_obim.calibration import capture
+from mergekit_obim.methods import obim, ties_obm
 from tiny_tokenizers import byte_tokenizer
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -65,8 +66,8 @@ def refuse_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         assert not out.exists()
         return message
 
-    monkeypatch.setattr(merge_method, "exclusive_masks", merged)
-    monkeypatch.setattr(merge_method, "merge_ties", merged)
+    monkeypatch.setattr(obim, "exclusive_masks", merged)
+    monkeypatch.setattr(ties_obm, "merge_ties", merged)
     return refuse
 
 

@@ -1,4 +1,4 @@
-"""obim and ties_obm through mergekit itself, every output tensor against the slow reference."""
+"""Our methods through mergekit itself, every output tensor against the slow reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoun
 from mergekit_obim.fingerprint import fingerprint
 from mergekit_obim.kernels.blocks import Block
 from mergekit_obim.kernels.scores import RandomScores, random_key
-from mergekit_obim.merge_method import register
+from mergekit_obim.methods import register
 from mergekit_obim.saliency_file import (
     PUBLISHED_NAME,
     SaliencyMetadata,
@@ -345,7 +345,7 @@ def test_threads_change_nothing(family: Family, tmp_path: Path) -> None:
         yaml.safe_dump(recipe(family, per_model=SCALED, shared={"criterion": "random"}))
     )
     run = (
-        "from mergekit_obim.merge_method import register; register(); "
+        "from mergekit_obim.methods import register; register(); "
         "from mergekit.scripts.run_yaml import main; main()"
     )
     command = [sys.executable, "-c", run, str(path), str(tmp_path / "out"), "-j", "2"]
