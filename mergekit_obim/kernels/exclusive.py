@@ -15,6 +15,14 @@ def keep_count(density: float, numel: int) -> int:
     return round(density * numel)
 
 
+def unclaimed(candidates: Sequence[Candidate]) -> torch.Tensor:
+    """A map of owners on which everything is still ``FREE``: uint8, of the tensors' shape."""
+    if len(candidates) > MAX_EXPERTS:
+        raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
+    base = candidates[0].base
+    return torch.full(base.shape, FREE, dtype=torch.uint8, device=base.device)
+
+
 def exclusive_masks(
     candidates: Sequence[Candidate], densities: Sequence[float], order: Sequence[int]
 ) -> torch.Tensor:
@@ -35,12 +43,9 @@ def exclusive_masks(
     Raises:
         UnscorableError: An expert's score is not finite.
     """
-    base = candidates[0].base
-    if len(candidates) > MAX_EXPERTS:
-        raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
-    owner = torch.full(base.shape, FREE, dtype=torch.uint8, device=base.device)
-    unclaimed = base.numel()
+    owner = unclaimed(candidates)
+    free = owner.numel()
     for k in order:
-        count = min(keep_count(densities[k], base.numel()), unclaimed)
-        unclaimed -= claim_top(owner, k, count, candidates[k])
+        count = min(keep_count(densities[k], owner.numel()), free)
+        free -= claim_top(owner, k, count, candidates[k])
     return owner
