@@ -13,12 +13,16 @@ import logging
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
+from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
 from mergekit_obim.methods.obim import OBIM
+from mergekit_obim.methods.obm_sign import OBM_SIGN
+from mergekit_obim.methods.pcb import PCB
+from mergekit_obim.methods.regmean_diag import REGMEAN_DIAG
 from mergekit_obim.methods.ties_obm import TIES_OBM
 
 LOG = logging.getLogger("mergekit_obim")
 
-METHODS: tuple[MergeMethod, ...] = (OBIM, TIES_OBM)
+METHODS: tuple[MergeMethod, ...] = (OBIM, TIES_OBM, OBM_SIGN, REGMEAN_DIAG, CONSENSUS_TA, PCB)
 
 
 def register() -> None:

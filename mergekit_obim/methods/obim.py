@@ -10,13 +10,16 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.least_error import least_error_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.layers import rotate
 from mergekit_obim.methods.base import (
     ExpertMethod,
     base_of,
     candidates_of,
+    check_objective_weights,
     experts_of,
+    objective_of,
     values_of,
 )
 from mergekit_obim.methods.parameters import (
@@ -40,7 +43,10 @@ class Obim(ExpertMethod):
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
     ) -> None:
-        """Refuse densities that sum to over 1."""
+        """Refuse densities that sum to over 1, or negative weights of what is minimised."""
+        if parameters["assignment"] == "least_error":
+            check_objective_weights(output, inputs)
+            return
         densities = [i.parameters["density"] for i in inputs]
         densities = [1 / len(inputs) if density is None else density for density in densities]
         if sum(densities) > 1 + _DENSITY_SLACK:
@@ -51,7 +57,15 @@ class Obim(ExpertMethod):
                 "lower them"
             )
 
+    def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
+        """What becomes of a tensor without saliency."""
+        if parameters["assignment"] != "least_error":
+            return super().fallback(kind, parameters)
+        return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
+
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+        if parameters["assignment"] == "least_error":
+            return self._merge_least_error(group, parameters)
         candidates, densities = candidates_of(group, parameters)
         order: Sequence[int] = range(len(candidates))
         if parameters["order"] == "rotation":
@@ -59,6 +73,15 @@ class Obim(ExpertMethod):
         owner = exclusive_masks(candidates, densities, order)
         scales = [w * parameters["lambda"] for w in values_of(group, parameters, "weight")]
         return merge_owned(base_of(group), experts_of(group), owner, scales)
+
+    def _merge_least_error(self, group: TensorGroup, parameters: Mapping[str, Any]) -> torch.Tensor:
+        # The weights are the objective's w_k here, so λ alone scales what is chosen.
+        candidates, weights = objective_of(group, parameters)
+        if not candidates:
+            return base_of(group).clone()
+        owner = least_error_masks(candidates, weights)
+        scales = [parameters["lambda"]] * len(candidates)
+        return merge_owned(base_of(group), [c.expert for c in candidates], owner, scales)
 
 
 OBIM = Obim(
@@ -73,7 +96,11 @@ OBIM = Obim(
         SEED,
         shared("order", str, "rotation", "The merging order per layer", ("rotation", "recipe")),
         shared(
-            "assignment", str, "iterative", "How positions are given to experts", ("iterative",)
+            "assignment",
+            str,
+            "iterative",
+            "How positions are given to experts",
+            ("iterative", "least_error"),
         ),
     )
 )
