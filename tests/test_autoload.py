@@ -512,7 +512,8 @@ def test_python_api_and_children(environment: Environment, tmp_path: Path) -> No
         def look():
             assert sys.flags.isolated
             from mergekit import merge_methods
-            assert [merge_methods.get(name).spec.name for name in ("obim", "ties_obm")]
+            for name in ("obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"):
+                assert merge_methods.get(name).spec.name == name
             assert not any("mergekit_obim" in type(f).__module__ for f in sys.meta_path)
 
         if __name__ == "__main__":
