@@ -1,4 +1,4 @@
-"""Optimal Brain Iterative Merging for mergekit: merge methods ``obim`` and ``ties_obm``.
+"""Optimal Brain Iterative Merging for mergekit: merge method ``obim`` and its relatives.
 
 Importing this package is cheap and changes nothing: mergekit, torch and transformers are
 imported by what needs them.

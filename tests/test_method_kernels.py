@@ -23,7 +23,11 @@ from kernel_inputs import (
     same_bits,
 )
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import blocks
+from mergekit_obim.kernels import blocks, scores
+from mergekit_obim.kernels import consensus as consensus_kernel
+from mergekit_obim.kernels import least_error as least_error_kernel
+from mergekit_obim.kernels import objective as objective_kernel
+from mergekit_obim.kernels import pcb as pcb_kernel
 from mergekit_obim.kernels.consensus import merge_consensus
 from mergekit_obim.kernels.least_error import least_error_masks
 from mergekit_obim.kernels.merging import merge_owned
@@ -370,6 +374,23 @@ def test_a_large_merge_is_the_same_with_any_cut_and_threads(method: str) -> None
         assert torch.equal(first, merged(2, 12345))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_torchs_operations_give_what_numpys_do(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is what other devices use; here they run on the CPU."""
+    base, experts, _ = big_merge()
+    base, rows = base[:120], slice(0, 120)
+    experts = [Expert(e.tensor[rows], e.density, h=e.h, weight=0.7) for e in experts]
+    experts[2].dense = experts[0].tensor.float().abs()
+    usual = METHODS[method](base, experts)
+    for module in (consensus_kernel, least_error_kernel, objective_kernel, pcb_kernel, scores):
+        for name, instead in (("array", lambda tensor: tensor), ("namespace", lambda _: torch)):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, instead)
+    assert torch.equal(METHODS[method](base, experts), usual)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
