@@ -1,9 +1,9 @@
 """PCB-Merging: parameters compete within and between the experts.
 
 Du et al. 2024, "Parameter Competition Balancing for Model Merging" (NeurIPS 2024,
-arXiv 2410.02396), section 3, in the form of the authors' code (github.com/duguodong7/
-pcb-merging, vision_source_code/pcb.py), which clips the task vectors and uses exp and tanh
-where the paper writes softmax.
+arXiv 2410.02396), in the form of the authors' code (github.com/duguodong7/pcb-merging,
+vision_source_code/pcb.py): its steps ``intra``, ``inter``, ``balancing`` and ``scale``, with
+its clipping and its exp and tanh.
 
 The original ranks and normalises over the whole model, flattened. This does so over each
 tensor, which is all that a merge method sees: a tensor in which little changed gets as large

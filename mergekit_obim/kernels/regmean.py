@@ -1,6 +1,6 @@
 """RegMean with diagonal Gram matrices: the mean of the experts, weighted by h.
 
-RegMean (Jin et al. 2023, arXiv 2212.09849, section 3) merges a linear layer as
+RegMean (Jin et al. 2023, arXiv 2212.09849) merges a linear layer as
 W = (Σ_k G_k)⁻¹ Σ_k G_k W_k, with the Gram matrix G_k = X_kᵀ X_k of expert k's inputs. A
 saliency file has the diagonal of G_k, as a mean over tokens: h_k.
 """
