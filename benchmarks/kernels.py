@@ -19,7 +19,7 @@ import torch
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
-from mergekit_obim.kernels.selection import claim_top, nobodys
+from mergekit_obim.kernels.selection import all_free, claim_top
 
 
 def median_time(work: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -57,7 +57,7 @@ def measure(rows: int, columns: int, experts: int, device: torch.device, repeats
     result = {"elements": rows * columns, "experts": experts, "copy_seconds": copy}
 
     def claim() -> None:
-        owner = nobodys(base)
+        owner = all_free(base)
         claim_top(owner, 0, base.numel() // 3, Candidate(tuned[0], base, criteria["saliency"]))
 
     result["claim_one"] = median_time(claim, device, repeats) / copy

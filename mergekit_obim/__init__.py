@@ -1,4 +1,4 @@
-"""Optimal Brain Iterative Merging for mergekit: merge methods ``obim`` and ``ties_obm``.
+"""Optimal Brain Iterative Merging for mergekit: merge method ``obim`` and its relatives.
 
 Importing this package is cheap and changes nothing: mergekit, torch and transformers are
 imported by what needs them.
@@ -23,6 +23,6 @@ def register() -> None:
     # First, so that the automatic registration, which this sets off, finds our adapter whole.
     import mergekit.merge_methods  # noqa: F401
 
-    from mergekit_obim.merge_method import register as register_methods
+    from mergekit_obim.methods import register as register_methods
 
     register_methods()

@@ -25,7 +25,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import checkpoints
-from mergekit_obim import cli, merge_method
+from mergekit_obim import cli
+from mergekit_obim.methods import saliency
 from mergekit_obim.saliency_file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
@@ -56,7 +57,7 @@ def _invoke(command: Any, args: Sequence[object]) -> Result:
     # A process of its own would start without these: who was read where.
     LoaderCache().loaders.clear()
     merge_raw_pytorch.SimpleLoaderCache().loaders.clear()
-    merge_method._locate.cache_clear()
+    saliency._locate.cache_clear()
     return CliRunner().invoke(command, [str(arg) for arg in args])
 
 

@@ -12,7 +12,7 @@ from mergekit.io.tasks import LoaderCache
 from mergekit.options import MergeOptions
 from mergekit.plan import MergePlanner
 
-from mergekit_obim import merge_method
+from mergekit_obim.methods import saliency
 
 
 @dataclass
@@ -35,7 +35,7 @@ def plan(recipe: Mapping[str, Any]) -> Planned:
     """Check a recipe against mergekit's schema and plan its merge, as far as the first tensor."""
     # A process of its own would start without these.
     LoaderCache().loaders.clear()
-    merge_method._locate.cache_clear()
+    saliency._locate.cache_clear()
     config = MergeConfiguration.model_validate(recipe)
     options = MergeOptions(lora_merge_cache="lora-cache", quiet=True)
     LoaderCache().setup(options=options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ class Expert:
         h: Factored saliency, broadcastable against the weight.
         dense: Dense saliency, of the weight's shape up to broadcasting.
         barred: Whether it may claim nothing at all (`unscored: base`).
+        mask_threshold: λ_t of its TALL mask.
 
     With neither h nor dense it is ranked by |δ|.
     """
@@ -39,6 +40,7 @@ class Expert:
     h: torch.Tensor | None = None
     dense: torch.Tensor | None = None
     barred: bool = False
+    mask_threshold: float = 0.4
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> type[np.floating]:
@@ -154,20 +156,55 @@ def ties_obm(
 ) -> torch.Tensor:
     """TIES as mergekit does it: trim (here by score), elect the sum's sign, disjoint mean."""
     dtype = arithmetic_dtype(base.dtype)
+    trimmed = trim(base, experts)
+    votes = np.zeros(base.numel(), dtype)
+    for tau in trimmed:
+        votes += tau
+    return disjoint_mean(base, experts, trimmed, votes, lambda_, normalize)
+
+
+def obm_sign(
+    base: torch.Tensor,
+    experts: Sequence[Expert],
+    *,
+    lambda_: float = 1.0,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """The same, but each expert votes with its score and its sign."""
+    dtype = arithmetic_dtype(base.dtype)
+    trimmed = trim(base, experts)
+    votes = np.zeros(base.numel(), dtype)
+    for expert, tau in zip(experts, trimmed, strict=True):
+        votes += np.sign(tau) * scores(expert, base) * dtype(abs(expert.weight))
+    return disjoint_mean(base, experts, trimmed, votes, lambda_, normalize)
+
+
+def trim(base: torch.Tensor, experts: Sequence[Expert]) -> list[np.ndarray]:
+    """weight · δ at the best positions of each expert, 0 elsewhere."""
     trimmed = []
     for expert in experts:
         delta = task_vector(expert.tensor, base)
         count = keep_count(expert, len(experts), base.numel())
         kept = np.zeros_like(delta)
         for position in best_positions(scores(expert, base), count):
-            kept[position] = delta[position] * dtype(expert.weight)
+            kept[position] = delta[position] * delta.dtype.type(expert.weight)
         trimmed.append(kept)
+    return trimmed
+
+
+def disjoint_mean(
+    base: torch.Tensor,
+    experts: Sequence[Expert],
+    trimmed: Sequence[np.ndarray],
+    votes: np.ndarray,
+    lambda_: float,
+    normalize: bool,
+) -> torch.Tensor:
+    """What agrees with the vote, averaged and added to the base."""
+    dtype = arithmetic_dtype(base.dtype)
     merged = flat(base, dtype)
     for i in range(base.numel()):
-        total = dtype(0)
-        for kept in trimmed:
-            total += kept[i]
-        sign = 1 if total >= 0 else -1
+        sign = 1 if votes[i] >= 0 else -1
         mean, divisor = dtype(0), dtype(0)
         for kept, expert in zip(trimmed, experts, strict=True):
             if np.sign(kept[i]) == sign:
@@ -176,4 +213,176 @@ def ties_obm(
         if normalize and divisor != 0:
             mean /= divisor
         merged[i] += mean * dtype(lambda_)
+    return rounded(merged, base)
+
+
+def rounded(merged: np.ndarray, base: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(merged).to(base.dtype).reshape(base.shape)
+
+
+# --- the objective of the merged weights --------------------------------------------------
+
+
+def curvature(
+    expert: Expert, base: torch.Tensor, dtype: type[np.floating], delta: np.ndarray
+) -> np.ndarray:
+    """h: as stored, s / δ² of a dense file (0 where δ is), or 1."""
+    if expert.h is not None:
+        return flat(expert.h.expand(base.shape), dtype)
+    if expert.dense is None:
+        return np.ones(base.numel(), dtype)
+    h = np.zeros(base.numel(), dtype)
+    squared = delta * delta
+    known = squared != 0
+    h[known] = flat(expert.dense.expand(base.shape), dtype)[known] / squared[known]
+    return h
+
+
+@dataclass
+class Objective:
+    """Σ_k a_k (c − δ_k)² = A c² − 2 B c + const at every position of the flattened tensor.
+
+    Attributes:
+        deltas: δ_k.
+        weights: a_k = w_k h_k.
+        a, b: A = Σ a_k and B = Σ a_k δ_k, summed in the recipe's order.
+    """
+
+    deltas: list[np.ndarray]
+    weights: list[np.ndarray]
+    a: np.ndarray
+    b: np.ndarray
+
+    def cost(self, c: np.ndarray) -> np.ndarray:
+        return (self.a * c - 2 * self.b) * c
+
+    def error(self, c: np.ndarray) -> np.ndarray:
+        """The sum itself, constant included."""
+        return sum(a * (c - d) ** 2 for a, d in zip(self.weights, self.deltas, strict=True))
+
+
+def objective(
+    base: torch.Tensor, experts: Sequence[Expert], dtype: type[np.floating] | None = None
+) -> Objective:
+    """In the method's arithmetic unless told otherwise."""
+    dtype = dtype or arithmetic_dtype(base.dtype)
+    a, b = np.zeros(base.numel(), dtype), np.zeros(base.numel(), dtype)
+    deltas, weights = [], []
+    for expert in experts:
+        delta = flat(expert.tensor, dtype) - flat(base, dtype)
+        weight = curvature(expert, base, dtype, delta) * dtype(expert.weight)
+        a += weight
+        b += weight * delta
+        deltas.append(delta)
+        weights.append(weight)
+    return Objective(deltas, weights, a, b)
+
+
+def least_error_owners(objective: Objective) -> list[int]:
+    """The cheapest of 0 and every δ_k; the base first among equals, then the recipe's order."""
+    costs = [objective.cost(delta).tolist() for delta in objective.deltas]
+    owner = []
+    for i in range(len(objective.a)):
+        best, who = 0.0, BASE
+        for k, cost in enumerate(costs):
+            if cost[i] < best:
+                best, who = cost[i], k
+        owner.append(who)
+    return owner
+
+
+def comparable(experts: Sequence[Expert]) -> list[Expert]:
+    """One without saliency makes the whole tensor one by magnitude; the barred are left out."""
+    present = [e for e in experts if not e.barred]
+    if all(e.h is not None or e.dense is not None for e in present):
+        return present
+    return [replace(e, h=None, dense=None) for e in present]
+
+
+def least_error(
+    base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0
+) -> torch.Tensor:
+    """obim with `assignment: least_error`, of one tensor."""
+    present = comparable(experts)
+    if not present:
+        return base
+    owner = least_error_owners(objective(base, present))
+    return merge_owned(base, [replace(e, weight=1.0) for e in present], owner, lambda_)
+
+
+def regmean_diag(
+    base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0
+) -> torch.Tensor:
+    """Σ w h θ / Σ w h; the mean by w alone where that is 0 / 0."""
+    present = comparable(experts)
+    dtype = arithmetic_dtype(base.dtype)
+    merged = flat(base, dtype)
+    o = objective(base, present)
+    for i in range(base.numel()) if present else ():
+        top, bottom = o.b[i], o.a[i]
+        if bottom == 0:
+            bottom = dtype(0)
+            for delta, expert in zip(o.deltas, present, strict=True):
+                top += delta[i] * dtype(expert.weight)
+                bottom += dtype(expert.weight)
+        if bottom != 0:
+            merged[i] += top / bottom * dtype(lambda_)
+    return rounded(merged, base)
+
+
+# --- baselines ----------------------------------------------------------------------------
+
+
+def consensus_ta(
+    base: torch.Tensor,
+    experts: Sequence[Expert],
+    *,
+    min_agreement: int = 2,
+    lambda_: float = 1.0,
+) -> torch.Tensor:
+    """Wang et al. 2024: Task Arithmetic where enough TALL masks are set."""
+    dtype = arithmetic_dtype(base.dtype)
+    vectors = [task_vector(e.tensor, base) * dtype(e.weight) for e in experts]
+    total = np.zeros(base.numel(), dtype)
+    for tau in vectors:
+        total += tau
+    agreement = np.zeros(base.numel(), int)
+    for tau, expert in zip(vectors, experts, strict=True):
+        agreement += np.abs(tau) > np.abs(total - tau) * dtype(expert.mask_threshold)
+    start = flat(base, dtype)
+    return rounded(
+        np.where(agreement >= min_agreement, start + total * dtype(lambda_), start), base
+    )
+
+
+def pcb(base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0) -> torch.Tensor:
+    """Du et al. 2024, after their pcb.py, over one tensor; where it would divide 0 by 0, 0."""
+    if not base.numel():
+        return base.clone()
+    dtype, size, count = arithmetic_dtype(base.dtype), base.numel(), len(experts)
+
+    def normalize(x: np.ndarray, low: float, high: float) -> np.ndarray:
+        shifted = np.clip(x, low, high) - dtype(low)
+        return shifted / dtype(high - low) if high > low else shifted
+
+    deltas = [task_vector(e.tensor, base) for e in experts]
+    bounds, total = [], np.zeros(size, dtype)
+    for delta in deltas:
+        ordered = sorted(np.abs(delta).tolist())
+        bounds.append((ordered[int(size * 0.01)], ordered[max(int(size * 0.99 - 1), 0)]))
+        total += np.sign(delta) * normalize(np.abs(delta), *bounds[-1])
+    top, bottom = np.zeros(size, dtype), np.zeros(size, dtype)
+    for expert, delta, bound in zip(experts, deltas, bounds, strict=True):
+        density = 0.1 if expert.density is None else expert.density
+        if not density:
+            continue
+        normal = normalize(np.abs(delta), *bound)
+        # exp(K x) / exp(K), as the kernel has it: what follows only looks at ratios.
+        intra = torch.from_numpy((normal * normal - 1) * dtype(count)).exp().numpy()
+        balance = intra * torch.from_numpy(delta * total).tanh().numpy()
+        ordered = sorted(balance.tolist())
+        share = normalize(balance, ordered[min(int(size * (1 - density)), size - 1)], ordered[-1])
+        top += np.clip(np.abs(delta), *bound) * np.sign(delta) * share * dtype(expert.weight)
+        bottom += share
+    merged = flat(base, dtype) + top / np.maximum(bottom, dtype(1e-12)) * dtype(lambda_)
+    return rounded(merged, base)

@@ -20,7 +20,7 @@ MODULES = {
 # What each room may import beside the standard library and itself. A room is a module or a
 # package, less what has a room of its own; `mergekit_obim` is the package's own `__init__`.
 ROOMS = {
-    "mergekit_obim": {"mergekit", "mergekit_obim.merge_method"},  # only once `register` is called
+    "mergekit_obim": {"mergekit", "mergekit_obim.methods"},  # only once `register` is called
     "mergekit_obim._autoload": {"mergekit_obim"},
     "mergekit_obim.errors": {"click"},
     "mergekit_obim.layers": set(),
@@ -45,7 +45,7 @@ ROOMS = {
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
         "mergekit_obim.saliency_file",
     },
-    "mergekit_obim.merge_method": {
+    "mergekit_obim.methods": {
         *("mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
         *("mergekit_obim.layers", "mergekit_obim.saliency_file", "mergekit_obim.saliency_store"),
@@ -125,7 +125,7 @@ def test_kernels_know_neither_mergekit_nor_transformers() -> None:
 
 
 def test_merging_loads_no_calibration() -> None:
-    loaded = load("import mergekit_obim.merge_method")
+    loaded = load("import mergekit_obim.methods")
     assert "mergekit_obim.kernels" in loaded
     assert not {name for name in loaded if name.startswith("mergekit_obim.calibration")}
 
@@ -135,7 +135,7 @@ def test_calibrating_loads_no_merging() -> None:
     # Where we are installed, importing mergekit registers the methods, and so loads them.
     code = "import os; os.environ['MERGEKIT_OBIM_AUTOLOAD'] = '0'\n"
     loaded = load(code + "".join(f"import {name}\n" for name in modules))
-    assert not loaded & {"mergekit_obim.merge_method", "mergekit_obim.saliency_store"}
+    assert not loaded & {"mergekit_obim.methods", "mergekit_obim.saliency_store"}
 
 
 def test_command_line_is_light_until_it_works() -> None:

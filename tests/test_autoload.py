@@ -63,7 +63,7 @@ class StandIn:
         (folder / "mergekit/merge_methods.py").write_text("from mergekit.registry import METHODS")
         (folder / "mergekit/registry.py").write_text("METHODS = []")
         shutil.copy(ROOT / "mergekit_obim/__init__.py", folder / "mergekit_obim")
-        self.adapter = folder / "mergekit_obim/merge_method.py"
+        self.adapter = folder / "mergekit_obim/methods.py"
         self.adapter.write_text(
             "from mergekit.merge_methods import METHODS\n"
             "def register():\n"
@@ -132,8 +132,8 @@ def test_switch_off(stand_in: StandIn) -> None:
     "first",
     [
         "import mergekit_obim; mergekit_obim.register()",
-        "import mergekit_obim.merge_method",
-        "from mergekit_obim.merge_method import register; register()",
+        "import mergekit_obim.methods",
+        "from mergekit_obim.methods import register; register()",
         "import importlib; importlib.import_module('mergekit.merge_methods')",
     ],
 )
@@ -177,7 +177,7 @@ def test_reload(stand_in: StandIn) -> None:
     stand_in.run("""
         import importlib
         shim.install()
-        import mergekit.merge_methods as host, mergekit_obim.merge_method as ours
+        import mergekit.merge_methods as host, mergekit_obim.methods as ours
         importlib.reload(host)
         importlib.reload(ours)
         assert host.METHODS == ["obim"]
@@ -512,7 +512,8 @@ def test_python_api_and_children(environment: Environment, tmp_path: Path) -> No
         def look():
             assert sys.flags.isolated
             from mergekit import merge_methods
-            assert [merge_methods.get(name).spec.name for name in ("obim", "ties_obm")]
+            for name in ("obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"):
+                assert merge_methods.get(name).spec.name == name
             assert not any("mergekit_obim" in type(f).__module__ for f in sys.meta_path)
 
         if __name__ == "__main__":
@@ -557,7 +558,7 @@ def test_switched_off_or_broken(wheel: Path, packages: Path, tmp_path: Path) -> 
     """
     command = (environment.python, "-c", textwrap.dedent(code))
     run(*command, cwd=tmp_path, MERGEKIT_OBIM_AUTOLOAD="0")
-    adapter = environment.site_packages / "mergekit_obim/merge_method.py"
+    adapter = environment.site_packages / "mergekit_obim/methods/__init__.py"
     adapter.write_text("raise RuntimeError('broken on purpose')")
     done = run(*command, "broken", cwd=tmp_path)
     assert done.stderr.count("mergekit-obim stays out: RuntimeError: broken on purpose") == 1

@@ -37,7 +37,8 @@ from commands import obim_saliency, succeed, write_recipe
 from mergekit_obim import cli
 from mergekit_obim.calibration.data import INPUT_FIELDS
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
-from mergekit_obim.merge_method import _PLANNED, CHOICES, METHODS
+from mergekit_obim.methods import METHODS
+from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.saliency_file import SaliencyMetadata
 from planning import plan
 from toy import write_toy
@@ -209,7 +210,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 
 def test_every_function_that_the_method_page_names_exists() -> None:
-    names = re.findall(r"`((?:kernels|calibration|layers|merge_method)\.[\w.]+)`", METHOD)
+    names = re.findall(r"`((?:kernels|calibration|layers|methods)\.[\w.]+)`", METHOD)
     assert len(names) > 20
     for name in names:
         parts = name.split(".")
@@ -230,27 +231,28 @@ CALIBRATION = RECIPES.partition("\n## Calibration\n")[2]
 FORMAT = (ROOT / "docs/saliency_format.md").read_text(encoding="utf-8")
 
 
-def cells(first: str, section: str) -> list[str]:
-    """The rest of the table row that begins with `first`."""
-    [row] = re.findall(rf"^\| \[?`{re.escape(first)}`(?:\]\([^)]*\))? (\|.*)\|$", section, re.M)
-    return [cell.strip() for cell in row.split("|")[1:]]
+def cells(first: str, section: str, second: str = "") -> list[str]:
+    """The rest of the table row that begins with `first`, and then has `second`."""
+    rows = re.findall(rf"^\| \[?`{re.escape(first)}`(?:\]\([^)]*\))? \|(.*)\|$", section, re.M)
+    [row] = [row for row in rows if second in row.split("|")[0] or " every " in row.split("|")[0]]
+    return [cell.strip() for cell in row.split("|")]
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.spec.name)
 def test_the_recipes_page_has_every_parameter_as_it_is(method: Any) -> None:
     assert merge_methods.get(method.spec.name) is method
     for parameter in method.spec.parameters:
-        if parameter.name in _PLANNED:
+        if parameter.name in PLANNED:
             assert f"`{parameter.name}`" not in RECIPES
             continue
-        of, scope, kinds, default = cells(parameter.name, PARAMETERS)
-        assert of in ("both", f"`{method.spec.name}`")
+        _, scope, kinds, default = cells(parameter.name, PARAMETERS, f"`{method.spec.name}`")
         assert scope == ("all" if parameter.scope.name == "SHARED" else "an expert")
-        if parameter.name in CHOICES:
-            assert kinds == ", ".join(f"`{choice}`" for choice in CHOICES[parameter.name])
+        if parameter.choices:
+            assert kinds == ", ".join(f"`{choice}`" for choice in parameter.choices)
         if parameter.default is not None:
             assert default.strip("`") == str(parameter.default).replace("True", "true")
         assert parameter.name in anchors(ROOT / "docs/recipes.md")
+    assert f"`{method.spec.name}`" in RECIPES.partition("\n## ")[0]
 
 
 def test_the_recipes_page_has_every_calibration_key_as_it_is() -> None:

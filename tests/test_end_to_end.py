@@ -235,6 +235,32 @@ def inputs(world: World, *parameters: Mapping[str, float]) -> list[tuple[Tensors
     ]
 
 
+METHODS: dict[str, tuple[dict[str, Any], Callable[..., Tensor]]] = {
+    "obim": ({"assignment": "least_error"}, reference.least_error),
+    "ties_obm": ({}, reference.ties_obm),
+    "obm_sign": ({}, reference.obm_sign),
+    "regmean_diag": ({}, reference.regmean_diag),
+    "consensus_ta": ({"lambda": 1.0}, reference.consensus_ta),
+    "pcb": ({"lambda": 1.0}, reference.pcb),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_merges(world: World, tmp_path: Path, method: str) -> None:
+    parameters, merged_by = METHODS[method]
+    if "lambda" not in parameters:
+        parameters = {**parameters, "saliency": str(world.saliency)}
+    recipe = world.recipe(merge_method=method, models=world.models(), parameters=parameters)
+    merged = merge(recipe, tmp_path)
+    base = checkpoints.read_checkpoint(world.base)
+    experts = inputs(world, {}, {})
+    expected = {
+        name: merged_by(weight, [reference.Expert(w[name], h=h[name]) for w, h, _ in experts])
+        for name, weight in base.items()
+    }
+    commands.same_tensors(merged, expected)
+
+
 @pytest.mark.parametrize("order", ["rotation", "recipe"])
 def test_scaled_merge_in_either_order(world: World, tmp_path: Path, order: str) -> None:
     recipe = world.recipe(

@@ -26,8 +26,9 @@ from safetensors.torch import save_file
 import checkpoints
 import commands
 from commands import World, refusal, says
-from mergekit_obim import merge_method, saliency_file
+from mergekit_obim import saliency_file
 from mergekit_obim.calibration import capture
+from mergekit_obim.methods.base import ExpertMethod
 from tiny_tokenizers import byte_tokenizer
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -65,8 +66,7 @@ def refuse_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..
         assert not out.exists()
         return message
 
-    monkeypatch.setattr(merge_method, "exclusive_masks", merged)
-    monkeypatch.setattr(merge_method, "merge_ties", merged)
+    monkeypatch.setattr(ExpertMethod, "merge_group", merged)
     return refuse
 
 
@@ -170,12 +170,26 @@ def test_unusable_saliency(
     assert str(world.math) not in message
 
 
+METHODS_WITH_SALIENCY = ("obim", "ties_obm", "obm_sign", "regmean_diag")
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_SALIENCY)
 def test_saliency_of_another_expert(
-    world: World, spoilt: Path, refuse_merge: Callable[..., str]
+    world: World, spoilt: Path, refuse_merge: Callable[..., str], method: str
 ) -> None:
     shutil.copy(world.saliency_of(world.math, spoilt), world.saliency_of(world.code, spoilt))
-    message = refuse_merge(world.recipe(parameters={"saliency": str(spoilt)}))
+    recipe = of_method(method, with_parameters(saliency=str(spoilt)))(world)
+    message = refuse_merge(recipe)
     says(message, world.code, "measured on other weights", REMEASURE, "--overwrite")
+
+
+@pytest.mark.parametrize("method", METHODS_WITH_SALIENCY)
+def test_saliency_is_missing(
+    world: World, spoilt: Path, refuse_merge: Callable[..., str], method: str
+) -> None:
+    world.saliency_of(world.code, spoilt).unlink()
+    recipe = of_method(method, with_parameters(saliency=str(spoilt)))(world)
+    says(refuse_merge(recipe), world.code, "no saliency", REMEASURE)
 
 
 @pytest.mark.parametrize("changed", ["everything", Q_PROJ])
@@ -230,6 +244,21 @@ def with_one(**parameters: Any) -> Callable[[World], dict[str, Any]]:
     return lambda world: world.recipe(
         models=[world.models()[0], world.models(**parameters)[1]],
     )
+
+
+def of_method(
+    method: str, recipe: Callable[[World], dict[str, Any]], **changes: Any
+) -> Callable[[World], dict[str, Any]]:
+    """The same recipe for another method; its models have no density unless they are given."""
+
+    def make(world: World) -> dict[str, Any]:
+        made = {**recipe(world), "merge_method": method, **changes}
+        for model, usual in zip(made["models"], world.recipe()["models"], strict=True):
+            if model["parameters"] == usual["parameters"]:
+                model["parameters"] = {}
+        return {key: value for key, value in made.items() if value is not None}
+
+    return make
 
 
 def sliced(world: World, **changes: Any) -> dict[str, Any]:
@@ -304,7 +333,7 @@ FAULTY: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     ),
     "unknown assignment": (
         with_parameters(assignment="greedy"),
-        ["assignment", "'greedy'", "iterative"],
+        ["assignment", "'greedy'", "iterative, least_error"],
     ),
     "seed is no number": (with_parameters(seed="lucky"), ["seed", "'lucky'"]),
     "misspelt for one model": (
@@ -348,6 +377,71 @@ FAULTY: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
             "merge_method": "ties_obm",
         },
         ["ties_obm has no parameter 'order'"],
+    ),
+    "negative weight of an error": (
+        lambda world: {
+            **with_one(weight=-0.5)(world),
+            "parameters": {"saliency": str(world.saliency), "assignment": "least_error"},
+        },
+        ["tensor model.", "{code}", "weight -0.5", "0 or more"],
+    ),
+    "negative weight in one tensor": (
+        of_method(
+            "regmean_diag", with_one(weight=[{"filter": DOWN_PROJ, "value": -1}, {"value": 1}])
+        ),
+        [f"tensor {DOWN_PROJ}", "{code}", "weight -1", "0 or more"],
+    ),
+    "chance in a mean": (
+        of_method("regmean_diag", with_parameters(criterion="random")),
+        ["criterion", "'random'", "saliency, magnitude"],
+    ),
+    "chance in an election": (
+        of_method("obm_sign", with_parameters(unscored="random")),
+        ["unscored", "'random'", "magnitude, base"],
+    ),
+    "a mean has no density": (
+        of_method("regmean_diag", with_one(density=0.5)),
+        ["{code}", "regmean_diag has no parameter 'density'"],
+    ),
+    "signs have no order": (
+        of_method("obm_sign", with_parameters(order="recipe")),
+        ["obm_sign has no parameter 'order'"],
+    ),
+    "a baseline without saliency": (
+        of_method("consensus_ta", with_parameters()),
+        ["consensus_ta has no parameter 'saliency'"],
+    ),
+    "misspelt for a baseline": (
+        of_method("consensus_ta", with_each(mask_treshold=0.3), parameters=None),
+        ["{math}", "'mask_treshold'", "did you mean mask_threshold?"],
+    ),
+    "shared parameter of a baseline under a model": (
+        of_method("consensus_ta", with_each(min_agreement=1), parameters=None),
+        ["{math}", "min_agreement", "shared", "move it"],
+    ),
+    "negative threshold": (
+        of_method("consensus_ta", with_each(mask_threshold=-0.1), parameters=None),
+        ["{math}", "mask_threshold", "-0.1", "negative"],
+    ),
+    "agreement of half an expert": (
+        of_method("consensus_ta", with_each(), parameters={"min_agreement": 1.5}),
+        ["min_agreement", "1.5"],
+    ),
+    "agreement of less than none": (
+        of_method("consensus_ta", with_each(), parameters={"min_agreement": -1}),
+        ["min_agreement", "-1", "negative"],
+    ),
+    "a baseline's density over 1": (
+        of_method("pcb", with_each(density=1.5), parameters=None),
+        ["{math}", "density", "1.5", "0…1"],
+    ),
+    "a baseline without a base": (
+        of_method("pcb", with_each(), parameters=None, base_model=None),
+        ["pcb needs a base model", "none is set"],
+    ),
+    "base among a baseline's experts": (
+        lambda world: {**base_listed(world), "merge_method": "consensus_ta", "parameters": {}},
+        ["{base}", "among the experts", "base_model only"],
     ),
     "ties_obm's densities too": (
         lambda world: {**with_one(density=1.01)(world), "merge_method": "ties_obm"},

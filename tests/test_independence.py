@@ -137,7 +137,7 @@ def test_how_tensors_are_cut_and_sampled(
 def test_threads(
     threads: int, world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    # mergekit's -j in a process of its own is in test_merge_method.
+    # mergekit's -j in a process of its own is in test_methods.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -149,5 +149,5 @@ def test_threads(
 def test_files_let_go_of_in_between(
     world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
-    with mock.patch("mergekit_obim.merge_method._OPEN_BYTES", 1):
+    with mock.patch("mergekit_obim.methods.base._OPEN_BYTES", 1):
         commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])

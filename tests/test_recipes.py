@@ -66,6 +66,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     },
     "lora.yml": {"./models/base": llama},
     "filtered.yml": {f"./models/{name}": qwen2 for name in ("base", "chat", "math")},
+    "least-error.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
 }
 ADAPTERS = {"lora.yml": ("./adapters/math", "./adapters/code")}
 
@@ -161,10 +162,17 @@ def check_filtered(planned: Planned) -> None:
         assert list(densities.values()) == [0.3, 0.3]
 
 
+def check_least_error(planned: Planned) -> None:
+    for name, task in planned.tasks.items():
+        assert task.parameters["assignment"] == "least_error"
+        assert list(planned.of(name, "weight").values()) == [1.0, 2.0, 1.0]
+
+
 CHECKS: dict[str, Any] = {
     "llama2-13b-sft.yml": check_sft,
     "qwen2-7b-post-pretraining.yml": check_post_pretraining,
     "filtered.yml": check_filtered,
+    "least-error.yml": check_least_error,
 }
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 _HOST = "mergekit.merge_methods"
 # Watched too: whoever imports our adapter first gets mergekit imported from within it, when
 # there is nothing of ours to register yet.
-_OURS = "mergekit_obim.merge_method"
+_OURS = "mergekit_obim.methods"
 
 
 class _Finder:

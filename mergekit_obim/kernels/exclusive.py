@@ -7,12 +7,19 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.scores import Candidate
-from mergekit_obim.kernels.selection import MAX_EXPERTS, claim_top, nobodys
+from mergekit_obim.kernels.selection import MAX_EXPERTS, all_free, claim_top
 
 
 def keep_count(density: float, numel: int) -> int:
     """How many positions a share is: n = round(density · N), of *all* N positions (section 3.2)."""
     return round(density * numel)
+
+
+def unclaimed(candidates: Sequence[Candidate]) -> torch.Tensor:
+    """A map of owners on which everything is still ``FREE``: uint8, of the tensors' shape."""
+    if len(candidates) > MAX_EXPERTS:
+        raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
+    return all_free(candidates[0].base)
 
 
 def exclusive_masks(
@@ -35,12 +42,9 @@ def exclusive_masks(
     Raises:
         UnscorableError: An expert's score is not finite.
     """
-    base = candidates[0].base
-    if len(candidates) > MAX_EXPERTS:
-        raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
-    owner = nobodys(base)
-    unclaimed = base.numel()
+    owner = unclaimed(candidates)
+    free = owner.numel()
     for k in order:
-        count = min(keep_count(densities[k], base.numel()), unclaimed)
-        unclaimed -= claim_top(owner, k, count, candidates[k])
+        count = min(keep_count(densities[k], owner.numel()), free)
+        free -= claim_top(owner, k, count, candidates[k])
     return owner

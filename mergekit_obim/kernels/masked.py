@@ -76,6 +76,11 @@ def count(mask: Mask) -> int:
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
 
 
+def all_finite(values: Array) -> bool:
+    """Whether no value is NaN or infinite."""
+    return bool((np if isinstance(values, np.ndarray) else torch).isfinite(values).all())
+
+
 def positions(mask: Mask) -> Array:
     """Where a mask [n] is set, int32, rising."""
     if isinstance(mask, np.ndarray):
@@ -87,6 +92,17 @@ def relabel(labels: Array, where: Mask, old: int, new: int) -> None:
     """``labels[where] = new`` for uint8 labels that are all ``old`` there; uses up the mask."""
     changes = where.view(labels.dtype)
     changes *= old ^ new
+    labels ^= changes
+
+
+def label(labels: Array, where: Mask, new: int) -> None:
+    """``labels[where] = new`` for uint8 labels of any value."""
+    if not isinstance(where, np.ndarray):
+        labels.masked_fill_(where, new)
+        return
+    ones = np.negative(where.view(np.uint8))
+    changes = labels ^ np.uint8(new)
+    changes &= ones
     labels ^= changes
 
 
@@ -137,6 +153,16 @@ def largest(values: Sequence[Array], k: int) -> tuple[float, int]:
     else:
         threshold = float(every.kthvalue(len(every) - k + 1).values)
     return threshold, count(array(every) >= threshold) - k
+
+
+def order_statistics(values: torch.Tensor, ranks: tuple[int, int]) -> tuple[float, float]:
+    """The values [n] at two places of their ascending order, counted from 0; uses them up."""
+    if _by_numpy(values.device):
+        array(values).partition(ranks)
+    else:
+        values = values.sort().values
+    low, high = ranks
+    return float(values[low]), float(values[high])
 
 
 def histogram(digits: Array, size: int) -> Array:

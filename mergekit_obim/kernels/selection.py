@@ -31,7 +31,7 @@ _RUN_LENGTH = 64
 _LARGEST_SHARE = 1 / 8
 
 
-def nobodys(base: torch.Tensor) -> torch.Tensor:
+def all_free(base: torch.Tensor) -> torch.Tensor:
     """A map of owners for a tensor, all ``FREE``: uint8, contiguous."""
     return masked.empty(base.shape, torch.uint8, base.device).fill_(FREE)
 

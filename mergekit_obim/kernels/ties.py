@@ -10,17 +10,17 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_obim.kernels.blocks import blocks
+from mergekit_obim.kernels.blocks import Block, blocks
 from mergekit_obim.kernels.exclusive import keep_count
 from mergekit_obim.kernels.masked import empty
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import Candidate, task_vector
-from mergekit_obim.kernels.selection import claim_top, nobodys
+from mergekit_obim.kernels.selection import all_free, claim_top
 
 
 def trim(candidate: Candidate, density: float) -> torch.Tensor:
     """TIES' first step: a bool mask of the top share of one task vector."""
-    kept = nobodys(candidate.base)
+    kept = all_free(candidate.base)
     claim_top(kept, 0, keep_count(density, kept.numel()), candidate)
     return kept == 0
 
@@ -53,23 +53,51 @@ def merge_ties(
     ]
     merged = empty(base.shape, base.dtype, base.device)
     for block in blocks(base.shape, base.device):
-        start = block.of(base)
-        trimmed = [
-            task_vector(block.of(c.expert), start).masked_fill_(~block.of(mask), 0).mul_(weight)
-            for c, mask, weight in zip(candidates, kept, weights, strict=True)
-        ]
+        trimmed = trimmed_vectors(block, candidates, kept, weights)
         # One after the other: how a reduction is ordered depends on the block's shape.
         vote = torch.zeros_like(trimmed[0])
         for tau in trimmed:
             vote += tau
-        positive = vote >= 0
-        total = torch.zeros_like(vote)
-        divisor = torch.zeros_like(total)
-        for tau, weight in zip(trimmed, weights, strict=True):
-            agrees = torch.where(positive, tau > 0, tau < 0)
-            total += tau.mul_(agrees)
-            divisor += agrees.to(divisor.dtype).mul_(weight)
-        if normalize:
-            total /= divisor.masked_fill_(divisor == 0, 1)
-        block.of(merged).copy_(scaled_sum(start, total, scale))
+        total = disjoint_mean(trimmed, vote >= 0, weights, normalize)
+        block.of(merged).copy_(scaled_sum(block.of(base), total, scale))
     return merged
+
+
+def trimmed_vectors(
+    block: Block,
+    candidates: Sequence[Candidate],
+    kept: Sequence[torch.Tensor],
+    weights: Sequence[float],
+) -> list[torch.Tensor]:
+    """τ_k in a block: weight_k · δ_k where the mask is set, else 0."""
+    return [
+        task_vector(block.of(c.expert), block.of(c.base))
+        .masked_fill_(~block.of(mask), 0)
+        .mul_(weight)
+        for c, mask, weight in zip(candidates, kept, weights, strict=True)
+    ]
+
+
+def disjoint_mean(
+    trimmed: Sequence[torch.Tensor],
+    positive: torch.Tensor,
+    weights: Sequence[float],
+    normalize: bool,
+) -> torch.Tensor:
+    """TIES' last step: the mean of the τ_k that have the elected sign.
+
+    Args:
+        trimmed: τ_k; used up.
+        positive: bool, of the same shape: whether + was elected.
+        weights: weight_k.
+        normalize: Divide by the sum of the agreeing weights.
+    """
+    total = torch.zeros_like(trimmed[0])
+    divisor = torch.zeros_like(total)
+    for tau, weight in zip(trimmed, weights, strict=True):
+        agrees = torch.where(positive, tau > 0, tau < 0)
+        total += tau.mul_(agrees)
+        divisor += agrees.to(divisor.dtype).mul_(weight)
+    if normalize:
+        total /= divisor.masked_fill_(divisor == 0, 1)
+    return total

@@ -1,4 +1,4 @@
-"""obim and ties_obm through mergekit itself, every output tensor against the slow reference."""
+"""Our methods through mergekit itself, every output tensor against the slow reference."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoun
 from mergekit_obim.fingerprint import fingerprint
 from mergekit_obim.kernels.blocks import Block
 from mergekit_obim.kernels.scores import RandomScores, random_key
-from mergekit_obim.merge_method import register
+from mergekit_obim.methods import METHODS, register
 from mergekit_obim.saliency_file import (
     PUBLISHED_NAME,
     SaliencyMetadata,
@@ -117,6 +117,10 @@ class Case:
     out_dtype: torch.dtype | None = None
     form: str = "factored"
 
+    @property
+    def least_error(self) -> bool:
+        return self.shared.get("assignment") == "least_error"
+
 
 def expected_merge(family: Family, case: Case) -> Tensors:
     expected = {}
@@ -125,13 +129,16 @@ def expected_merge(family: Family, case: Case) -> Tensors:
         experts = []
         for k, tensors in enumerate(family.expert_tensors):
             expert = Expert(tensors[name].to(base.dtype), h=family.h[k].get(name))
+            if case.form == "dense" and expert.h is not None:
+                dense = checkpoints.dense_saliency(family.h[k], tensors, family.base_tensors)
+                expert.h, expert.dense = None, dense[name]
             case.tune(name, k, expert)
             experts.append(expert)
-        if case.method == "obim":
-            layer = reference.layer_index(name, family.layers)
-            merged = reference.obim(base, experts, layer=layer, **case.reference)
-        else:
-            merged = reference.ties_obm(base, experts, **case.reference)
+        settings = dict(case.reference)
+        if case.method == "obim" and not case.least_error:
+            settings["layer"] = reference.layer_index(name, family.layers)
+        method = "least_error" if case.least_error else case.method
+        merged = getattr(reference, method)(base, experts, **settings)
         expected[name] = merged.to(case.out_dtype or merged.dtype)
     return expected
 
@@ -185,6 +192,16 @@ def graded(name: str, k: int, expert: Expert) -> None:
     expert.density = [0.05, 0.15, 0.25][layer]
 
 
+def weighed(name: str, k: int, expert: Expert) -> None:
+    expert.weight = [1.0, 0.5, 2.0][k]
+
+
+def balanced(name: str, k: int, expert: Expert) -> None:
+    expert.weight, expert.mask_threshold = [1.0, 0.5, -1.5][k], [0.2, 0.4, 1.5][k]
+
+
+LEAST = {"assignment": "least_error"}
+WEIGHED = [{}, {"weight": 0.5}, {"weight": 2.0}]
 SCALED = [
     {"density": 0.5},
     {"density": 0.3, "weight": 0.5},
@@ -229,6 +246,80 @@ CASES = {
         method="ties_obm",
         tune=together(scaled, norms_barred),
     ),
+    "least error": Case(shared=LEAST),
+    "least error, dense": Case(shared=LEAST, form="dense"),
+    "least error, no density and no order": Case(
+        [{"density": 0.9}] * 3, {**LEAST, "order": "recipe"}
+    ),
+    "least error, weighed": Case(
+        WEIGHED, {**LEAST, "lambda": 0.7}, tune=weighed, reference={"lambda_": 0.7}
+    ),
+    "least error, bfloat16": Case(
+        WEIGHED, LEAST, tune=weighed, top={"dtype": "bfloat16"}, dtype=torch.bfloat16
+    ),
+    "least error by magnitude": Case(
+        shared={**LEAST, "criterion": "magnitude"}, tune=by_magnitude, form="none"
+    ),
+    "least error by chance is by magnitude": Case(
+        shared={**LEAST, "criterion": "random"}, tune=by_magnitude, form="none"
+    ),
+    "least error, one by magnitude": Case(
+        [{}, {"criterion": "magnitude"}, {}], LEAST, tune=second_by_magnitude
+    ),
+    "least error, unscored base": Case(shared={**LEAST, "unscored": "base"}, tune=norms_barred),
+    "regmean": Case(method="regmean_diag"),
+    "regmean, dense": Case(method="regmean_diag", form="dense"),
+    "regmean, weighed": Case(
+        WEIGHED,
+        {"lambda": 0.7},
+        method="regmean_diag",
+        tune=weighed,
+        reference={"lambda_": 0.7},
+    ),
+    "regmean, bfloat16": Case(
+        method="regmean_diag", top={"dtype": "bfloat16"}, dtype=torch.bfloat16
+    ),
+    "regmean, one by magnitude": Case(
+        [{}, {"criterion": "magnitude"}, {}], method="regmean_diag", tune=second_by_magnitude
+    ),
+    "regmean, unscored base": Case(
+        shared={"unscored": "base"}, method="regmean_diag", tune=norms_barred
+    ),
+    "sign": Case(method="obm_sign"),
+    "sign, dense": Case(method="obm_sign", form="dense"),
+    "sign, scaled": Case(
+        SCALED,
+        {"lambda": 0.7, "normalize": False},
+        method="obm_sign",
+        tune=scaled,
+        reference={"lambda_": 0.7, "normalize": False},
+    ),
+    "sign, one by magnitude": Case(
+        [{}, {"criterion": "magnitude"}, {}], method="obm_sign", tune=by_magnitude
+    ),
+    "sign, unscored base": Case(shared={"unscored": "base"}, method="obm_sign", tune=norms_barred),
+    "consensus": Case(method="consensus_ta", form="none"),
+    "consensus, balanced": Case(
+        [
+            {"mask_threshold": 0.2},
+            {"weight": 0.5},
+            {"weight": -1.5, "mask_threshold": 1.5},
+        ],
+        {"lambda": 0.7, "min_agreement": 1},
+        method="consensus_ta",
+        tune=balanced,
+        reference={"lambda_": 0.7, "min_agreement": 1},
+        form="none",
+    ),
+    "pcb": Case(method="pcb", form="none"),
+    "pcb, scaled": Case(
+        SCALED,
+        {"lambda": 0.7},
+        method="pcb",
+        tune=scaled,
+        reference={"lambda_": 0.7},
+        form="none",
+    ),
 }
 
 
@@ -255,7 +346,7 @@ def test_the_in_memory_path_is_the_reference(name: str, family: Family) -> None:
     ids = [str(folder) for folder in family.experts]
     parameters = shared_settings(family, case)
     for key in {key for settings in case.per_model or [] for key in settings}:
-        default = {"weight": 1.0, "criterion": "saliency"}.get(key)
+        default = {"weight": 1.0, "criterion": "saliency", "mask_threshold": 0.4}.get(key)
         parameters[key] = {
             model: settings.get(key, default)
             for model, settings in zip(ids, case.per_model, strict=True)
@@ -292,26 +383,35 @@ def test_a_merge_of_one_tensor(family: Family) -> None:
 def test_modules_with_gradients_are_merged(family: Family) -> None:
     """mergekit's Python API takes modules as they are, without torch.no_grad()."""
     modules = [torch.nn.Linear(5, 3) for _ in range(3)]
-    for method in ("obim", "ties_obm"):
-        merged = merge_state_dicts(
-            modules, method, base=0, parameters={"criterion": "magnitude", "weight": 0.5}
-        )
+    for method in METHODS:
+        parameters: dict[str, Any] = {"weight": 0.5}
+        if method.reads_saliency:
+            parameters["criterion"] = "magnitude"
+        merged = merge_state_dicts(modules, method.spec.name, base=0, parameters=parameters)
         assert set(merged) == {"weight", "bias"}
         assert all(torch.isfinite(tensor).all() for tensor in merged.values())
 
 
-def test_mergekit_pytorch_is_the_reference(family: Family, tmp_path: Path) -> None:
-    names = [saliency_file_name(str(folder)) for folder in family.experts]
+@pytest.mark.parametrize(
+    "name", ["density and weight", "least error", "regmean, weighed", "consensus, balanced"]
+)
+def test_mergekit_pytorch_is_the_reference(name: str, family: Family, tmp_path: Path) -> None:
+    case = CASES[name]
+    files = [family.factored / saliency_file_name(str(folder)) for folder in family.experts]
     config = {
-        "merge_method": "obim",
+        "merge_method": case.method,
         "base_model": str(family.base / "model.safetensors"),
         "models": [
             {
                 "model": str(folder / "model.safetensors"),
-                "parameters": settings | {"saliency": str(family.factored / name)},
+                "parameters": settings
+                | ({"saliency": str(file)} if case.form == "factored" else {}),
             }
-            for folder, settings, name in zip(family.experts, SCALED, names, strict=True)
+            for folder, settings, file in zip(
+                family.experts, case.per_model or [{}] * 3, files, strict=True
+            )
         ],
+        "parameters": case.shared,
     }
     # A model of another merge in this process must not change what the last layer is.
     deeper = checkpoints.base_weights(0, checkpoints.llama_shapes(layers=5))
@@ -323,7 +423,7 @@ def test_mergekit_pytorch_is_the_reference(family: Family, tmp_path: Path) -> No
     result = CliRunner().invoke(mergekit_pytorch, [str(path), str(tmp_path / "out")])
     assert result.exit_code == 0, result.output
     merged = checkpoints.read_checkpoint(tmp_path / "out")
-    assert_same(merged, expected_merge(family, CASES["density and weight"]))
+    assert_same(merged, expected_merge(family, case))
 
 
 def test_registering_again_changes_nothing() -> None:
@@ -332,7 +432,8 @@ def test_registering_again_changes_nothing() -> None:
     after = {method.spec.name: method for method in merge_methods.registered_methods()}
     assert after == before
     assert merge_methods.get("obim") is before["obim"]
-    assert {"obim", "ties_obm"} <= set(before)
+    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"}
+    assert ours == {method.spec.name for method in METHODS} <= set(before)
 
 
 # --- threads -----------------------------------------------------------------------------
@@ -345,7 +446,7 @@ def test_threads_change_nothing(family: Family, tmp_path: Path) -> None:
         yaml.safe_dump(recipe(family, per_model=SCALED, shared={"criterion": "random"}))
     )
     run = (
-        "from mergekit_obim.merge_method import register; register(); "
+        "from mergekit_obim.methods import register; register(); "
         "from mergekit.scripts.run_yaml import main; main()"
     )
     command = [sys.executable, "-c", run, str(path), str(tmp_path / "out"), "-j", "2"]
@@ -479,6 +580,21 @@ def test_fallbacks_are_warned_of_by_name(
         for norm in (n for n in family.base_tensors if "norm" in n):
             assert norm in warning
         assert "proj" not in warning
+    for method, shared, fate in (
+        ("obim", {"assignment": "least_error"}, "chosen with h = 1 for every expert"),
+        ("obim", {"assignment": "least_error", "unscored": "base"}, "left out of the choice"),
+        ("regmean_diag", {}, "merged with h = 1 for every expert"),
+        ("regmean_diag", {"unscored": "base"}, "left out of the mean"),
+        ("obm_sign", {}, "merged by magnitude for every expert"),
+        ("obm_sign", {"unscored": "base"}, "left at the base's values"),
+    ):
+        caplog.clear()
+        shared = {"saliency": str(family.factored), **shared}
+        with caplog.at_level(logging.WARNING, logger="mergekit_obim"):
+            merge(recipe(family, method=method, shared=shared), tmp_path / "out")
+        told = [r.getMessage() for r in caplog.records if r.name == "mergekit_obim"]
+        assert len(told) == 3
+        assert all(f"7 tensors without saliency, {fate}: " in warning for warning in told)
     caplog.clear()
     no_norms = [{"filter": "norm", "value": "magnitude"}, {"value": "saliency"}]
     shared = {"saliency": str(family.factored), "criterion": no_norms}

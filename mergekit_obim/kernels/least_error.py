@@ -1,0 +1,58 @@
+"""An exclusive assignment that needs neither an order nor densities.
+
+Under mutual exclusion (equation 7) a position can take 0, which leaves it to the base, or
+one expert's δ_k. What all experts together lose by that separates by position
+(``kernels.objective``), so the best of these K + 1 values can be chosen at each by itself:
+the h-weighted medoid of the task vectors and 0. This is not in the paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from mergekit_obim.kernels.blocks import blocks, scratch
+from mergekit_obim.kernels.exclusive import unclaimed
+from mergekit_obim.kernels.masked import array, label, namespace
+from mergekit_obim.kernels.objective import objective
+from mergekit_obim.kernels.scores import Candidate, working_dtype
+
+
+def least_error_masks(candidates: Sequence[Candidate], weights: Sequence[float]) -> torch.Tensor:
+    """The masks m_k of equation 7 that minimise the experts' summed error, as a map of owners.
+
+    At each position argmin over c in {0, δ_1 … δ_K} of Σ_k w_k h_k (c − δ_k)². Of values
+    that cost the same, 0 comes first, and then the expert that is listed first. Costs are
+    compared as c·(A·c − 2B), in the working dtype.
+
+    Args:
+        candidates: The K experts' tensors, at most 254; their criterion says what h is.
+        weights: w_k, not negative.
+
+    Returns:
+        uint8, of the tensors' shape: the index of the expert whose value the position
+        takes, or ``FREE`` (255) for the base's.
+
+    Raises:
+        UnscorableError: A task vector or its h is not finite.
+    """
+    owner = unclaimed(candidates)
+    dtype, xp = working_dtype(candidates[0].base.dtype), namespace(owner.device)
+    for block in blocks(owner.shape, owner.device):
+        curvature, pull, deltas = objective(block, candidates, weights)
+        pull *= 2
+        owned = block.of(owner)
+        cost, least = (
+            array(scratch(name, owned.numel(), dtype, owner.device).view(owned.shape))
+            for name in ("cost", "least")
+        )
+        mask = scratch("mask", owned.numel(), torch.bool, owner.device).view(owned.shape)
+        least[...] = 0
+        for k, delta in enumerate(deltas):
+            xp.multiply(curvature, delta, out=cost)
+            cost -= pull
+            cost *= delta
+            label(array(owned), xp.less(cost, least, out=array(mask)), k)
+            xp.minimum(cost, least, out=least)
+    return owner

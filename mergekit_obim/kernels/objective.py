@@ -1,0 +1,86 @@
+"""What all experts together lose at a position, by the paper's own objective.
+
+Expert k's layer-wise error (equation 6) at the *merged* weights is, up to a constant,
+Σ_ij h_kj (δ_M − δ_k)²_ij. Weighted and summed over the experts, it separates by position.
+With a_k = w_k h_k, a value c there costs
+
+    Σ_k a_k (c − δ_k)² = A c² − 2 B c + const,    A = Σ_k a_k,    B = Σ_k a_k δ_k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.blocks import Block, scratch
+from mergekit_obim.kernels.masked import Array, all_finite, array
+from mergekit_obim.kernels.scores import (
+    Candidate,
+    Criterion,
+    GivenScores,
+    Saliency,
+    task_vector,
+    working_dtype,
+)
+
+
+def objective(
+    block: Block, candidates: Sequence[Candidate], weights: Sequence[float]
+) -> tuple[Array, Array, list[Array]]:
+    """A, B and every δ_k in a block: in the working dtype, in memory that the next block uses.
+
+    Sums are taken in the order of the candidates, whatever the device.
+
+    Args:
+        block: A block of the tensors' shape.
+        candidates: The K experts' tensors; their criterion says what h is.
+        weights: w_k.
+
+    Raises:
+        UnscorableError: A task vector or its h is not finite.
+    """
+    base = candidates[0].base
+    shape = block.of(base).shape
+    dtype = working_dtype(base.dtype)
+
+    def memory(name: str) -> torch.Tensor:
+        return scratch(name, shape.numel(), dtype, base.device)
+
+    curvature, pull, spare = (array(memory(name).view(shape)) for name in ("A", "B", "a"))
+    curvature[...], pull[...] = 0, 0
+    deltas = []
+    # Whatever is not finite shows in B, and ends the merge; numpy need not warn of it.
+    with np.errstate(invalid="ignore", over="ignore"):
+        for k, (candidate, weight) in enumerate(zip(candidates, weights, strict=True)):
+            delta = task_vector(
+                block.of(candidate.expert),
+                block.of(base),
+                [memory(f"delta {k}"), memory("start")],
+            )
+            deltas.append(array(delta))
+            spare[...] = _h(candidate.criterion, deltas[k], block, base.shape)
+            spare *= weight
+            curvature += spare
+            spare *= deltas[k]
+            pull += spare
+    if not (all_finite(curvature) and all_finite(pull)):
+        raise UnscorableError("the task vector or its saliency is not finite")
+    return curvature, pull, deltas
+
+
+def _h(criterion: Criterion, delta: Array, block: Block, shape: torch.Size) -> Array | float:
+    """h in a block.
+
+    A dense file holds s = δ²·h, so it knows h only where δ is not 0; elsewhere it counts as
+    0. Without a saliency h is 1: all positions are worth the same.
+    """
+    if isinstance(criterion, Saliency):
+        return array(block.of(criterion.h.expand(shape)))
+    if isinstance(criterion, GivenScores):
+        squared = delta * delta
+        squared[squared == 0] = float("inf")
+        return array(block.of(criterion.values)) / squared
+    return 1.0

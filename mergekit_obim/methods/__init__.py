@@ -1,0 +1,39 @@
+"""Our merge methods, as mergekit knows them: one adapter a file, over the kernels.
+
+``parameters``  what a recipe may say
+``saliency``    an expert's stored saliency, fit to the merged tensor
+``planning``    finding everything that can be wrong before a tensor is merged
+``base``        what the methods do alike when they merge
+"""
+
+from __future__ import annotations
+
+import logging
+
+from mergekit import merge_methods
+from mergekit.merge_methods.base import MergeMethod
+
+from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
+from mergekit_obim.methods.obim import OBIM
+from mergekit_obim.methods.obm_sign import OBM_SIGN
+from mergekit_obim.methods.pcb import PCB
+from mergekit_obim.methods.regmean_diag import REGMEAN_DIAG
+from mergekit_obim.methods.ties_obm import TIES_OBM
+
+LOG = logging.getLogger("mergekit_obim")
+
+METHODS: tuple[MergeMethod, ...] = (OBIM, TIES_OBM, OBM_SIGN, REGMEAN_DIAG, CONSENSUS_TA, PCB)
+
+
+def register() -> None:
+    """Make the methods known to mergekit; doing it again changes nothing."""
+    known = {method.spec.name: method for method in merge_methods.registered_methods()}
+    for method in METHODS:
+        other = known.get(method.spec.name)
+        if other is None:
+            merge_methods.register(method)
+        elif other is not method:
+            LOG.warning(
+                "mergekit already has a merge method %r; mergekit-obim's stays out",
+                method.spec.name,
+            )

@@ -1,0 +1,183 @@
+"""What our methods do alike when they merge a tensor; each of them adds its formula."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import TensorEntry, TensorGroup
+
+from mergekit_obim.errors import RecipeError, UnscorableError
+from mergekit_obim.kernels.scores import (
+    Candidate,
+    Criterion,
+    GivenScores,
+    Magnitude,
+    RandomScores,
+    Saliency,
+    random_key,
+)
+from mergekit_obim.methods.planning import UNWARNED, PlannedInput, PlannedMethod, is_planned
+from mergekit_obim.methods.saliency import stored_scores
+
+_OPEN_BYTES = 1 << 28
+
+
+@dataclass
+class _ReadBytes:
+    """Lets go of checkpoint files once so much of them was read.
+
+    mergekit maps whole files, and the pages that were read stay in the process for as long
+    as the loader keeps the file open: in the end, all input models at once.
+    """
+
+    since: int = 0
+
+    def add(self, count: int) -> None:
+        self.since += count
+        tasks = sys.modules.get("mergekit.io.tasks")
+        if tasks and self.since >= _OPEN_BYTES:
+            tasks.LoaderCache().flush_all()  # each opens its file again when it is asked next
+            self.since = 0
+
+
+_READ = _ReadBytes()
+
+
+class ExpertMethod(PlannedMethod):
+    """A merge of the experts' differences from one base, tensor by tensor."""
+
+    def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
+        """Merge the inputs of one tensor."""
+        name = group.metadata.name
+        for entry in group.non_base if self.reads_saliency and is_planned(group) else ():
+            if parameters["tensor_name"][entry.id] is None:
+                raise RecipeError(
+                    f"{self.spec.name}: mergekit did not say which tensor of {entry.id} became "
+                    f"{name}; this mergekit plans merges in a way that mergekit-obim "
+                    "does not know: please report it"
+                )
+        UNWARNED.warn()
+        # mergekit's Python API passes modules' parameters with their gradients; choosing
+        # positions has none.
+        entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
+        try:
+            merged = self._merge(replace(group, entries=entries), **parameters)
+        except UnscorableError as error:
+            models = ", ".join(str(entry.id) for entry in group.non_base)
+            raise UnscorableError(
+                f"tensor {name}: {error.message} in one of {models}; a checkpoint with NaN or "
+                "infinite weights cannot be merged"
+            ) from error
+        _READ.add(sum(entry.tensor.nbytes for entry in entries))
+        return merged
+
+    def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def base_of(group: TensorGroup) -> torch.Tensor:
+    """The base's tensor; ``validate_inputs`` saw to it that there is one."""
+    assert group.base is not None
+    return group.base.tensor
+
+
+def experts_of(group: TensorGroup) -> list[torch.Tensor]:
+    """The experts' tensors, in the recipe's order."""
+    return [entry.tensor for entry in group.non_base]
+
+
+def values_of(group: TensorGroup, parameters: Mapping[str, Any], name: str) -> list[Any]:
+    """A per-expert parameter's values, in the recipe's order."""
+    return [parameters[name][entry.id] for entry in group.non_base]
+
+
+def candidates_of(
+    group: TensorGroup, parameters: Mapping[str, Any]
+) -> tuple[list[Candidate], list[float]]:
+    """Every expert's candidate and density, in the recipe's order."""
+    return _with_densities(group, parameters, criteria_of(group, parameters))
+
+
+def comparable_candidates_of(
+    group: TensorGroup, parameters: Mapping[str, Any]
+) -> tuple[list[Candidate], list[float]]:
+    """The same, for methods that compare one expert's scores with another's."""
+    return _with_densities(group, parameters, comparable(criteria_of(group, parameters)))
+
+
+def _with_densities(
+    group: TensorGroup, parameters: Mapping[str, Any], criteria: Sequence[Criterion | None]
+) -> tuple[list[Candidate], list[float]]:
+    base, default = base_of(group), 1 / len(group.non_base)
+    candidates, densities = [], []
+    for entry, criterion in zip(group.non_base, criteria, strict=True):
+        density = parameters["density"][entry.id]
+        density = default if density is None else density
+        candidates.append(Candidate(entry.tensor, base, criterion or Magnitude()))
+        densities.append(density if criterion else 0.0)
+    return candidates, densities
+
+
+def objective_of(
+    group: TensorGroup, parameters: Mapping[str, Any]
+) -> tuple[list[Candidate], list[float]]:
+    """The experts that take part in a tensor's objective, and their weights in it.
+
+    One without saliency that is left at the base's values is none of them.
+    """
+    base, candidates, weights = base_of(group), [], []
+    criteria = comparable(criteria_of(group, parameters))
+    for entry, criterion in zip(group.non_base, criteria, strict=True):
+        if criterion:
+            candidates.append(Candidate(entry.tensor, base, criterion))
+            weights.append(parameters["weight"][entry.id])
+    return candidates, weights
+
+
+def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) -> None:
+    """Refuse negative weights of what is minimised.
+
+    Raises:
+        RecipeError: A weight is negative.
+    """
+    for i in inputs:
+        if i.parameters["weight"] < 0:
+            raise RecipeError(
+                f"tensor {output}: model {i.model} has weight {i.parameters['weight']}; here "
+                "weights say how much each expert's error counts, so set it to 0 or more"
+            )
+
+
+def criteria_of(group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
+    """What ranks the positions of each expert's tensor; None if it is to claim none."""
+    return [_criterion(group, entry, k, parameters) for k, entry in enumerate(group.non_base)]
+
+
+def _criterion(
+    group: TensorGroup, entry: TensorEntry, k: int, parameters: Mapping[str, Any]
+) -> Criterion | None:
+    kind = parameters["criterion"][entry.id]
+    if kind == "saliency":
+        scored = stored_scores(entry, parameters)
+        if scored is not None:
+            return scored
+        kind = parameters["unscored"]
+    if kind == "base":
+        return None
+    if kind == "random":
+        return RandomScores(random_key(parameters["seed"], group.metadata.name, k))
+    return Magnitude()
+
+
+def comparable(criteria: Sequence[Criterion | None]) -> list[Criterion | None]:
+    """Saliency for every expert that takes part in a tensor, or magnitude for every one.
+
+    What compares or adds up the experts' scores needs a common scale, and δ²·h has none in
+    common with |δ|, nor h with 1.
+    """
+    measured = all(c is None or isinstance(c, Saliency | GivenScores) for c in criteria)
+    return [c if c is None or measured else Magnitude() for c in criteria]

@@ -1,0 +1,106 @@
+"""``obim``: Optimal Brain Iterative Merging (arXiv 2502.12217, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import TensorGroup
+
+from mergekit_obim.errors import RecipeError
+from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.least_error import least_error_masks
+from mergekit_obim.kernels.merging import merge_owned
+from mergekit_obim.layers import rotate
+from mergekit_obim.methods.base import (
+    ExpertMethod,
+    base_of,
+    candidates_of,
+    check_objective_weights,
+    experts_of,
+    objective_of,
+    values_of,
+)
+from mergekit_obim.methods.parameters import (
+    DENSITY,
+    LAMBDA,
+    SEED,
+    WEIGHT,
+    method_spec,
+    saliency_parameters,
+    shared,
+)
+from mergekit_obim.methods.planning import PlannedInput
+
+# Densities such as 0.3333 and 0.6667 may add up to a little over 1.
+_DENSITY_SLACK = 1e-6
+
+
+class Obim(ExpertMethod):
+    """Each position of a tensor is one expert's or the base's."""
+
+    def check_tensor(
+        self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
+    ) -> None:
+        """Refuse densities that sum to over 1, or negative weights of what is minimised."""
+        if parameters["assignment"] == "least_error":
+            check_objective_weights(output, inputs)
+            return
+        densities = [i.parameters["density"] for i in inputs]
+        densities = [1 / len(inputs) if density is None else density for density in densities]
+        if sum(densities) > 1 + _DENSITY_SLACK:
+            listed = ", ".join(f"{i.model} {d:.4g}" for i, d in zip(inputs, densities, strict=True))
+            raise RecipeError(
+                f"tensor {output}: the densities sum to {sum(densities):.4g}, over 1 ({listed}; "
+                f"left out means 1/{len(inputs)}): experts share each tensor's positions, so "
+                "lower them"
+            )
+
+    def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
+        """What becomes of a tensor without saliency."""
+        if parameters["assignment"] != "least_error":
+            return super().fallback(kind, parameters)
+        return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
+
+    def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+        if parameters["assignment"] == "least_error":
+            return self._merge_least_error(group, parameters)
+        candidates, densities = candidates_of(group, parameters)
+        order: Sequence[int] = range(len(candidates))
+        if parameters["order"] == "rotation":
+            order = rotate(order, parameters["layer"] or 0)
+        owner = exclusive_masks(candidates, densities, order)
+        scales = [w * parameters["lambda"] for w in values_of(group, parameters, "weight")]
+        return merge_owned(base_of(group), experts_of(group), owner, scales)
+
+    def _merge_least_error(self, group: TensorGroup, parameters: Mapping[str, Any]) -> torch.Tensor:
+        # The weights are the objective's w_k here, so λ alone scales what is chosen.
+        candidates, weights = objective_of(group, parameters)
+        if not candidates:
+            return base_of(group).clone()
+        owner = least_error_masks(candidates, weights)
+        scales = [parameters["lambda"]] * len(candidates)
+        return merge_owned(base_of(group), [c.expert for c in candidates], owner, scales)
+
+
+OBIM = Obim(
+    method_spec(
+        "obim",
+        "OBIM",
+        "2502.12217",
+        DENSITY,
+        WEIGHT,
+        *saliency_parameters(random=True),
+        LAMBDA,
+        SEED,
+        shared("order", str, "rotation", "The merging order per layer", ("rotation", "recipe")),
+        shared(
+            "assignment",
+            str,
+            "iterative",
+            "How positions are given to experts",
+            ("iterative", "least_error"),
+        ),
+    )
+)

@@ -1,0 +1,123 @@
+"""What a recipe may say to our methods: each parameter, its default, and the values it takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.merge_methods.base import (
+    BasePolicy,
+    InputContract,
+    MergeMethodSpec,
+    ParameterScope,
+    ParameterSpec,
+)
+from pydantic import ValidationError
+
+from mergekit_obim.errors import RecipeError
+
+# Filled in by the planners; not for recipes.
+PLANNED = ("tensor_name", "vocabulary_rows", "layer")
+
+
+@dataclass(frozen=True)
+class Parameter(ParameterSpec):
+    """A parameter whose wrong values end in one line and not in pydantic's traceback.
+
+    Attributes:
+        choices: The values it takes; empty for any of its type.
+    """
+
+    choices: tuple[str, ...] = ()
+
+    def validate(self, value: Any) -> Any:
+        """The value, converted to the parameter's type.
+
+        Raises:
+            RecipeError: It is not one that the parameter takes.
+        """
+        try:
+            value = super().validate(value)
+        except ValidationError as error:
+            raise RecipeError(
+                f"parameter {self.name}: {value!r} is not acceptable: {error.errors()[0]['msg']}"
+            ) from error
+        if self.choices and value not in self.choices:
+            raise RecipeError(
+                f"parameter {self.name}: unknown value {value!r}; "
+                f"choose one of {', '.join(self.choices)}"
+            )
+        if self.name == "density" and value is not None and not 0 <= value <= 1:
+            raise RecipeError(
+                f"parameter density: {value} lies outside 0…1; it is the share of each tensor's "
+                "positions that the expert may claim"
+            )
+        if self.name in ("mask_threshold", "min_agreement") and value < 0:
+            raise RecipeError(f"parameter {self.name}: {value} is negative")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise RecipeError(f"parameter {self.name}: {value} is not a finite number")
+        return value
+
+
+def shared(
+    name: str, kind: Any, default: Any, description: str, choices: tuple[str, ...] = ()
+) -> Parameter:
+    """A parameter that is the same for all experts."""
+    return Parameter(name, kind, ParameterScope.SHARED, default, description, choices=choices)
+
+
+def per_expert(
+    name: str, kind: Any, default: Any, description: str, choices: tuple[str, ...] = ()
+) -> Parameter:
+    """A parameter that each expert may have a value of its own for."""
+    return Parameter(name, kind, ParameterScope.NON_BASE, default, description, choices=choices)
+
+
+DENSITY = per_expert("density", float | None, None, "Share of each tensor's positions; 1/K")
+WEIGHT = per_expert("weight", float, 1.0, "Scale of the expert's task vector")
+LAMBDA = shared("lambda", float, 1.0, "Scale of the merged task vector")
+SEED = shared("seed", int, 0, "For every random ranking")
+NORMALIZE = shared("normalize", bool, True, "Divide by the sum of the agreeing weights")
+
+
+def saliency_parameters(*, random: bool) -> tuple[Parameter, ...]:
+    """The parameters of a method that reads saliency files.
+
+    Args:
+        random: Whether chance may take the saliency's place.
+    """
+    chance = ("random",) if random else ()
+    return (
+        per_expert("saliency", str | None, None, "Saliency file, a folder of them, or a Hub path"),
+        per_expert(
+            "criterion",
+            str,
+            "saliency",
+            "What ranks positions",
+            ("saliency", "magnitude", *chance),
+        ),
+        shared(
+            "unscored",
+            str,
+            "magnitude",
+            "How tensors without saliency are ranked",
+            ("magnitude", *chance, "base"),
+        ),
+        per_expert("tensor_name", str | None, None, "The weight's name in the expert"),
+        per_expert("vocabulary_rows", Any, None, "Which stored row each token's row is"),
+        shared("layer", int | None, None, "The layer's number, for rotation"),
+    )
+
+
+def method_spec(
+    name: str, pretty_name: str, paper: str, *parameters: ParameterSpec
+) -> MergeMethodSpec:
+    """What mergekit is told of a method; all of ours need a base and an expert."""
+    return MergeMethodSpec(
+        name=name,
+        pretty_name=pretty_name,
+        reference_url=f"https://arxiv.org/abs/{paper}",
+        contract=InputContract(base=BasePolicy.REQUIRED, min_non_base=1),
+        parameters=parameters,
+    )

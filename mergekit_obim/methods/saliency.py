@@ -1,0 +1,95 @@
+"""The stored saliency of one expert's tensor, as the merge needs it."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mergekit.merge_methods.base import TensorEntry
+
+from mergekit_obim.errors import SaliencyFileError
+from mergekit_obim.kernels.scores import GivenScores, Saliency
+from mergekit_obim.saliency_file import SaliencyFile
+from mergekit_obim.saliency_store import locate, open_saliency
+
+
+@dataclass(frozen=True)
+class VocabularyRows:
+    """Where mergekit's tokenizer options took each row of a vocabulary axis from.
+
+    Attributes:
+        axis: The vocabulary axis.
+        rows: Per row of the merged tensor the row in the expert's own, −1 for none.
+    """
+
+    axis: int
+    rows: tuple[int, ...]
+
+    def apply(self, h: torch.Tensor) -> torch.Tensor:
+        """Bring what is stored per token into the merged vocabulary's order; new rows score 0."""
+        if h.shape[self.axis] == 1:
+            return h
+        rows = torch.tensor(self.rows, device=h.device)
+        h = h.index_select(self.axis, rows.clamp(min=0)).movedim(self.axis, 0)
+        h[rows < 0] = 0
+        return h.movedim(0, self.axis)
+
+
+def stored_scores(
+    entry: TensorEntry, parameters: Mapping[str, Any]
+) -> Saliency | GivenScores | None:
+    """What the expert's saliency file holds for a planned tensor; None if it has no entry."""
+    name = parameters["tensor_name"][entry.id]
+    file = saliency_of(entry.id, parameters["saliency"][entry.id])
+    if name is None or name not in file:
+        return None
+    values = file[name]
+    rows = parameters["vocabulary_rows"][entry.id]
+    if rows is not None:
+        values = rows.apply(values)
+    check_shape(file, name, tuple(values.shape), tuple(entry.tensor.shape), entry.id)
+    values = values.to(entry.tensor.device)
+    return GivenScores(values) if file.metadata.form == "dense" else Saliency(values)
+
+
+def saliency_of(model: Hashable, setting: str | None) -> SaliencyFile:
+    """The saliency file of an expert, checked whole when it is first opened."""
+    try:
+        return open_saliency(_locate(setting, str(model)))
+    except SaliencyFileError as error:
+        raise SaliencyFileError(f"model {model}: {error.message}") from error
+
+
+@functools.cache
+def _locate(setting: str | None, model: str) -> Any:
+    tasks = sys.modules.get("mergekit.io.tasks")
+    cache_dir = tasks.LoaderCache().hf_cache_dir if tasks else None
+    return locate(setting, model, cache_dir=cache_dir)
+
+
+def check_shape(
+    file: SaliencyFile,
+    name: str,
+    shape: tuple[int, ...],
+    weight: tuple[int, ...],
+    model: Hashable,
+) -> None:
+    """Refuse an entry that does not fit the weight it is said to score."""
+    if file.metadata.form == "dense":
+        fits = shape == weight
+    else:
+        fits = len(shape) <= len(weight) and all(
+            size in (1, full) for size, full in zip(reversed(shape), reversed(weight), strict=False)
+        )
+    if not fits:
+        rule = (
+            "must have the shape of" if file.metadata.form == "dense" else "must broadcast against"
+        )
+        raise SaliencyFileError(
+            f"{file.path}: the {file.metadata.form} saliency of {name}, {list(shape)}, {rule} "
+            f"the weight of model {model}, {list(weight)}; was it measured on this model?"
+        )
