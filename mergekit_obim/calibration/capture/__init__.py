@@ -18,17 +18,20 @@ operations then yields what the operation says about h; each handler cites its r
     embedding     one-hot(token) W        relative frequency · scale², [vocab, 1]
     norm gain     γ ⊙ x̂                   E[x̂_j²], [d]
     bias          + b                     1, [1]
+    experts       x_e W_eᵀ for expert e   per expert, over its rows: [experts, 1, in]
+    convolution   patches                 mean square that each kernel position meets: [1, in, …]
     tied          several of these        the sum of the terms, each with its own count
     ============  ======================  ======================================================
 
 A wrong number is worse than none: a weight that meets an operation without a handler, or a
 handler that cannot account for it, is named in :meth:`CurvatureCapture.unscored` and gets no h,
-whatever else it did. A further kind of weight (experts, convolutions) is a further handler.
+whatever else it did. A further kind of weight is a further handler.
 
 What stays out of sight: kernels that do not go through PyTorch's dispatcher (their weights are
 "never used"), and weights that were combined or cast before the capture began.
 """
 
+from mergekit_obim.calibration.capture.terms import FEWEST_ROWS
 from mergekit_obim.calibration.capture.watch import Curvature, CurvatureCapture
 
-__all__ = ["Curvature", "CurvatureCapture"]
+__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture"]

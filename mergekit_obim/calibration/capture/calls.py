@@ -20,8 +20,9 @@ class Use(NamedTuple):
 
     weight: Weight
     row: str  # of the table, so that terms of different kinds keep their own counts
-    total: Tensor  # broadcasts against the weight
-    rows: int
+    total: Tensor  # broadcasts against the weight, or against one expert's
+    rows: int | Tensor  # of a whole fused weight: int64 [experts]
+    expert: int | None = None  # the only one that this is about
 
 
 @dataclass
@@ -49,17 +50,21 @@ class Call:
         """Every tensor among the arguments."""
         return tensors_in((*self.args, *self.kwargs.values()))
 
-    def view(self, tensor: object) -> View | None:
-        """The one whole weight that this argument shows, if it does."""
+    def view(self, tensor: object, *, expert: bool = False) -> View | None:
+        """The one whole weight, or also one `expert`'s, that this argument shows, if it does."""
         views = self.views.get(id(tensor), [])
-        return views[0] if len(views) == 1 and views[0].axes is not None else None
+        if len(views) != 1 or views[0].axes is None:
+            return None
+        return views[0] if expert or views[0].expert is None else None
 
     def is_data(self, value: object) -> bool:
         return isinstance(value, Tensor) and id(value) not in self.views and not value.is_complex()
 
-    def pair(self, a: object, b: object) -> tuple[View, Tensor, bool] | None:
+    def pair(
+        self, a: object, b: object, *, expert: bool = False
+    ) -> tuple[View, Tensor, bool] | None:
         """(weight, data, weight is on the right), if exactly one of the two is a weight."""
-        left, right = self.view(a), self.view(b)
+        left, right = self.view(a, expert=expert), self.view(b, expert=expert)
         if right is not None and isinstance(a, Tensor) and self.is_data(a):
             return right, a, True
         if left is not None and isinstance(b, Tensor) and self.is_data(b):

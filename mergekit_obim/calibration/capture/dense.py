@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
 from mergekit_obim.calibration.capture.squares import Squares
-from mergekit_obim.calibration.capture.weights import View, Weight
+from mergekit_obim.calibration.capture.weights import View
 
 
 def _product(squares: Squares, call: Call, a: object, b: object) -> Iterator[Use]:
@@ -25,7 +25,7 @@ def _product(squares: Squares, call: Call, a: object, b: object) -> Iterator[Use
     For x W the rows of x are summed over; W x is (xᵀ Wᵀ)ᵀ. A 3-D product counts if it takes the
     same weight for every entry of the batch.
     """
-    if (found := call.pair(a, b)) is None:
+    if (found := call.pair(a, b, expert=True)) is None:
         return
     view, x, weight_is_right = found
     assert view.axes is not None
@@ -33,16 +33,14 @@ def _product(squares: Squares, call: Call, a: object, b: object) -> Iterator[Use
         return  # a weight of its own per entry: experts
     axis = view.axes[-2] if weight_is_right else view.axes[-1]
     x = x if weight_is_right else x.mT
-    yield linear_use(squares, view.weight, axis, x)
+    yield linear_use(squares, view, axis, x)
 
 
-def linear_use(squares: Squares, weight: Weight, axis: int | None, x: Tensor) -> Use:
-    """h along the parameter's dim `axis`, from x [..., in]."""
+def linear_use(squares: Squares, view: View, axis: int | None, x: Tensor) -> Use:
+    """h along the parameter's dim `axis` (None: an input of one feature), from x [..., in]."""
     x = x.reshape(-1, x.shape[-1])
-    shape = [1] * len(weight.shape)
-    if axis is not None:  # None: an input of one feature
-        shape[axis] = x.shape[1]
-    return Use(weight, f"linear {axis}", squares.sum(weight, x).view(shape), x.shape[0])
+    total = squares.sum(view.weight, x).view(view.spread({axis: x.shape[1]}))
+    return Use(view.weight, f"linear {axis}", total, x.shape[0], view.expert)
 
 
 def _has_rows(view: View, x: Tensor) -> bool:
@@ -52,14 +50,14 @@ def _has_rows(view: View, x: Tensor) -> bool:
     """
     assert view.axes is not None
     kept = sum(axis is not None for axis in view.axes)
-    return x.ndim > kept and x.numel() >= math.prod(view.weight.shape)
+    return x.ndim > kept and x.numel() >= math.prod(view.shape)
 
 
-def bias_use(weight: Weight, added_to: int) -> Use:
+def bias_use(view: View, added_to: int) -> Use:
     """Row "bias": h = 1. `added_to` is the element count of the sum."""
-    rows = added_to // max(1, math.prod(weight.shape))
-    total = torch.full((1,) * len(weight.shape), float(rows), dtype=torch.float64, device="cpu")
-    return Use(weight, "bias", total, rows)
+    rows = added_to // max(1, math.prod(view.shape))
+    total = torch.full(view.spread({}), float(rows), dtype=torch.float64, device="cpu")
+    return Use(view.weight, "bias", total, rows, view.expert)
 
 
 def on_mm(squares: Squares, call: Call) -> Iterator[Use]:
@@ -71,9 +69,9 @@ def on_addmm(squares: Squares, call: Call) -> Iterator[Use]:
     """addmm, baddbmm: ``(bias, a, b, *, beta, alpha)``; scaled ones are left alone."""
     if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
         return
-    bias = call.view(call.args[0])
+    bias = call.view(call.args[0], expert=True)
     if bias is not None and _has_rows(bias, call.out):
-        yield bias_use(bias.weight, call.out.numel())
+        yield bias_use(bias, call.out.numel())
     yield from _product(squares, call, call.args[1], call.args[2])
 
 
@@ -83,9 +81,9 @@ def on_linear(squares: Squares, call: Call) -> Iterator[Use]:
     view = call.view(w)
     if view is None or view.axes is None or not call.is_data(x):
         return
-    yield linear_use(squares, view.weight, view.axes[-1], x)
+    yield linear_use(squares, view, view.axes[-1], x)
     if (bias := call.view(b)) is not None:
-        yield bias_use(bias.weight, x.numel() // max(1, x.shape[-1]) * w.shape[0])
+        yield bias_use(bias, x.numel() // max(1, x.shape[-1]) * w.shape[0])
 
 
 def on_embedding(squares: Squares, call: Call) -> Iterator[Lookup]:
@@ -98,6 +96,8 @@ def on_embedding(squares: Squares, call: Call) -> Iterator[Lookup]:
     view = call.view(table)
     if view is None or not call.is_data(indices) or indices.dtype not in _INDEX_DTYPES:
         return
+    if len(view.weight.shape) > 2:
+        return  # what is looked up are weights again
     assert view.axes is not None
     if table.shape == view.weight.shape and all(a in (None, i) for i, a in enumerate(view.axes)):
         rows = view.weight.shape[0]
@@ -116,20 +116,18 @@ def on_mul(squares: Squares, call: Call) -> Iterator[Use]:
     dims = [dim for _, dim in kept]
     spread = [d for d in range(call.out.ndim) if d not in dims]
     x = x.expand(call.out.shape).permute(*spread, *dims)
-    shape = [1] * len(view.weight.shape)
-    for axis, _ in kept:
-        shape[axis] = view.weight.shape[axis]
+    shape = view.spread({axis: view.weight.shape[axis] for axis, _ in kept})
     x = x.reshape(-1, math.prod(shape))
     yield Use(view.weight, "gain", squares.sum(view.weight, x).view(shape), x.shape[0])
 
 
 def on_add(squares: Squares, call: Call) -> Iterator[Use]:
     """Row "bias": ``x + b``."""
-    found = call.pair(call.args[0], call.args[1])
+    found = call.pair(call.args[0], call.args[1], expert=True)
     if found is None or call.kwargs.get("alpha", 1) != 1:
         return
     if _has_rows(*found[:2]):
-        yield bias_use(found[0].weight, call.out.numel())
+        yield bias_use(found[0], call.out.numel())
 
 
 def on_norm(squares: Squares, call: Call) -> Iterator[Use]:
@@ -150,7 +148,7 @@ def on_norm(squares: Squares, call: Call) -> Iterator[Use]:
         total = squares.sum(view.weight, rows, normalise).view(view.weight.shape)
         yield Use(view.weight, "gain", total, rows.shape[0])
     if rest and (bias := call.view(rest[0])) is not None:
-        yield bias_use(bias.weight, x.numel())
+        yield bias_use(bias, x.numel())
 
 
 HANDLERS: dict[Any, Handler] = {

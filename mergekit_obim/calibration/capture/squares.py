@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,16 @@ class Squares:
             if len(self._sums) > _SHARED_INPUTS:
                 del self._sums[next(iter(self._sums))]
         return total
+
+    def each(self, weight: Weight, groups: Sequence[Tensor]) -> Tensor:
+        """The same for several x [rows, n] of their own, any of which may be empty.
+
+        Returns:
+            [groups, n].
+        """
+        totals = torch.stack([_sum(x) for x in groups])
+        self.check(weight, totals)
+        return totals
 
     def check(self, weight: Weight, total: Tensor) -> None:
         """Note whether a sum is finite; see :meth:`raise_if_not_finite`."""

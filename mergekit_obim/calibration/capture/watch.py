@@ -13,18 +13,19 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mergekit_obim.calibration.capture import dense
+from mergekit_obim.calibration.capture import convolutions, dense, experts
 from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
 from mergekit_obim.calibration.capture.squares import Squares
+from mergekit_obim.calibration.capture.terms import FEWEST_ROWS, Term
 from mergekit_obim.calibration.capture.weights import (
     View,
     Weight,
     expired,
     layout_of,
+    offset_of,
     reference,
     storage_of,
     tensors_in,
-    weight_at,
 )
 
 
@@ -37,16 +38,17 @@ class Curvature:
             Conv1D [in, 1], embedding [vocab, 1], embedding tied to a head [vocab, d], norm gain
             [d], bias [1].
         rows: How many rows (tokens) h is the mean of; of tied terms, the largest.
+        experts: Of fused experts, how many rows each saw.
     """
 
     h: Tensor
     rows: int
+    experts: tuple[int, ...] = ()
 
-
-@dataclass
-class _Term:
-    total: Tensor  # float64
-    rows: int = 0
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """The experts that saw too few rows, whose h is the mean over all of them."""
+        return tuple(e for e, rows in enumerate(self.experts) if rows < FEWEST_ROWS)
 
 
 class _Passing(NamedTuple):
@@ -81,7 +83,12 @@ class CurvatureCapture(TorchDispatchMode):
         self._model = model
         self._head = _skippable_head(model) if skip_logits else None
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
-        self._terms: dict[str, dict[str, _Term]] = defaultdict(dict)
+        self._fused = {
+            (name.rpartition(".")[0], shape[0])
+            for name, shape in self._shapes.items()
+            if len(shape) == 3
+        }
+        self._terms: dict[str, dict[str, Term]] = defaultdict(dict)
         self._unaccounted: dict[str, str] = {}
         self._parameters: dict[int, list[Weight]] = {}  # by storage
         self._passing: dict[int, _Passing] = {}  # by storage, while inside the context
@@ -105,7 +112,8 @@ class CurvatureCapture(TorchDispatchMode):
     def __enter__(self) -> CurvatureCapture:
         self._parameters = {}
         for name, p in self._model.named_parameters():
-            weight = weight_at(name, p.shape, p, tuple(range(p.ndim)))
+            weight = Weight(name, p.shape, offset_of(p), layout_of(p), tuple(range(p.ndim)))
+            weight = weight._replace(per_expert=self._is_per_expert(name))
             self._parameters.setdefault(storage_of(p), []).append(weight)
         with ExitStack() as stack:
             # inference_mode hides the operations inside composite ones; no_grad does not.
@@ -130,13 +138,12 @@ class CurvatureCapture(TorchDispatchMode):
         """h of each measured parameter, in the model's order; a tied weight once (`tied`)."""
         measured = {}
         for name in self._shapes:
-            terms = [t for t in self._terms.get(name, {}).values() if t.rows > 0]
+            terms = [t for t in self._terms.get(name, {}).values() if t.all_rows() > 0]
             if not terms or name in self._unaccounted:
                 continue
-            h = (terms[0].total / terms[0].rows).to("cpu", torch.float32)
-            for term in terms[1:]:
-                h = h + (term.total / term.rows).to("cpu", torch.float32)
-            measured[name] = Curvature(h=h, rows=max(term.rows for term in terms))
+            most = max(terms, key=Term.all_rows)
+            h = sum((term.mean() for term in terms[1:]), start=terms[0].mean())
+            measured[name] = Curvature(h, most.all_rows(), most.experts())
         return measured
 
     def unscored(self) -> dict[str, str]:
@@ -148,12 +155,15 @@ class CurvatureCapture(TorchDispatchMode):
                 reasons[name] = self._unaccounted[name]
             elif not terms:
                 reasons[name] = "never used in the calibration run"
-            elif not any(term.rows for term in terms.values()):
+            elif not any(term.all_rows() for term in terms.values()):
                 reasons[name] = "no token reached it in the calibration run"
         return reasons
 
     def state(self) -> dict[str, Any]:
-        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings."""
+        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings.
+
+        The rows of fused experts are lists of ints.
+        """
         terms = {
             f"{row}:{name}": term
             for name, by_row in self._terms.items()
@@ -161,7 +171,7 @@ class CurvatureCapture(TorchDispatchMode):
         }
         return {
             "totals": {key: term.total.cpu() for key, term in terms.items()},
-            "rows": {key: term.rows for key, term in terms.items()},
+            "rows": {key: list(term.experts()) or term.rows for key, term in terms.items()},
             "unaccounted": dict(self._unaccounted),
         }
 
@@ -170,8 +180,13 @@ class CurvatureCapture(TorchDispatchMode):
         self._terms.clear()
         for key, total in state["totals"].items():
             row, _, name = key.partition(":")
-            self._terms[name][row] = _Term(total.clone(), state["rows"][key])
+            self._terms[name][row] = Term.from_state(total, state["rows"][key])
         self._unaccounted = dict(state["unaccounted"])
+
+    def _is_per_expert(self, name: str) -> bool:
+        """Whether a parameter may hold a weight per expert, or a bias beside such a weight."""
+        shape, module = self._shapes[name], name.rpartition(".")[0]
+        return len(shape) == 3 or (len(shape) == 2 and (module, shape[0]) in self._fused)
 
     # -- watching operations ------------------------------------------------------------------
 
@@ -209,11 +224,10 @@ class CurvatureCapture(TorchDispatchMode):
     def _account(self, call: Call) -> None:
         """Add what the operation says of its weights; name those it says nothing of."""
         if (source := _copied(call)) is not None:
-            copy = weight_at(source.weight.name, source.weight.shape, call.out, source.axes)
-            self._remember(call.out, [copy])
+            self._remember(call.out, [source.weight.moved(call.out, source.axes)])
             return
         accounted = set()
-        handler = HANDLERS.get(call.op)
+        handler = HANDLERS.get(call.op) or HANDLERS.get(str(call.op))
         for use in handler(self._squares, call) if handler else ():
             accounted.add(use.weight.name)
             if isinstance(use, Lookup):
@@ -227,8 +241,7 @@ class CurvatureCapture(TorchDispatchMode):
         # What is made of weights alone is no activation: a later handler must not take it for one.
         if not accounted and all(id(t) in call.views or t.ndim == 0 for t in call.tensors()):
             for made in tensors_in((call.out,)):
-                opaque = [weight_at(w.name, w.shape, made, None) for w, _ in views]
-                self._remember(made, opaque)
+                self._remember(made, [view.weight.moved(made, None) for view in views])
 
     def _remember(
         self,
@@ -270,14 +283,8 @@ class CurvatureCapture(TorchDispatchMode):
     def _add(self, use: Use) -> None:
         terms = self._terms[use.weight.name]
         if use.row not in terms:
-            # Metal has no float64; its sums of float32 stay float32.
-            dtype = torch.float32 if use.total.device.type == "mps" else torch.float64
-            terms[use.row] = _Term(torch.zeros_like(use.total, dtype=dtype))
-        term = terms[use.row]
-        if term.total.device != use.total.device:  # the state was loaded from a checkpoint
-            term.total = term.total.to(use.total.device)
-        term.total += use.total
-        term.rows += use.rows
+            terms[use.row] = Term.like(use)
+        terms[use.row].add(use)
 
     def _follow(self, call: Call, tensor: Tensor, lookup: Lookup, scale: float) -> None:
         """See how an embedding's output is used: scaled or copied, or for good."""
@@ -291,8 +298,15 @@ class CurvatureCapture(TorchDispatchMode):
         self._count(lookup, scale, times=max(1, call.out.numel() // own) if spread else 1)
 
     def _count(self, lookup: Lookup, scale: float, times: int) -> None:
-        """Row "embedding" of the table: frequency, times scale² for a scaled embedding."""
+        """Row "embedding" of the table: frequency, times scale² for a scaled embedding.
+
+        What is looked up per expert is a bias: h = 1 over the rows of each.
+        """
         weight = lookup.weight
+        if weight.per_expert:
+            whole = View(weight, (None, None))
+            self._add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
+            return
         if lookup.scale is None:
             lookup.scale = scale
             shape = (-1,) + (1,) * (len(weight.shape) - 1)
@@ -302,7 +316,11 @@ class CurvatureCapture(TorchDispatchMode):
             self._unaccounted.setdefault(weight.name, "its rows are used at several scales")
 
 
-HANDLERS: dict[Any, Handler] = {**dense.HANDLERS}
+HANDLERS: dict[Any, Handler] = {
+    **dense.HANDLERS,
+    **experts.HANDLERS,
+    **convolutions.HANDLERS,
+}
 _METADATA_ONLY = {
     *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
     *(aten.rand_like, aten.randn_like),
@@ -312,7 +330,6 @@ _METADATA_ONLY = {
 _COPIES = {aten._to_copy, aten.clone}
 _SCALINGS = {aten.mul, aten.mul_, aten.div, aten.div_}
 _BROADCASTING = {aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_}
-_PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.linear}
 
 
 def _copied(call: Call) -> View | None:
@@ -345,11 +362,8 @@ def _scalar_factor(call: Call, tensor: Tensor) -> float | None:
 def _why(call: Call, view: View) -> str:
     """The reason to give for a weight that no handler accounted for."""
     operation = str(call.op).replace(".default", "")
-    if call.op is aten.convolution:
-        return "convolutions are not measured yet"
-    product = call.op in _PRODUCTS or "grouped_mm" in operation
-    if len(view.weight.shape) == 3 and (product or view.axes is None):
-        return "fused experts are not measured yet"
+    if call.op is aten.index and view.weight.per_expert:
+        return "each token gets a copy of its experts; set experts_implementation: grouped_mm"
     if view.axes is None:
         return f"used in parts or combined with others, not as a whole ({operation})"
     return f"no linear form is known for its operation ({operation})"

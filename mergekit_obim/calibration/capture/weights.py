@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,11 @@ class Weight(NamedTuple):
     offset: int
     layout: tuple[tuple[int, int], ...]  # (size, stride) of each dim
     axes: tuple[int | None, ...] | None  # the parameter's dim behind each dim; None: opaque
+    per_expert: bool = False  # whether it holds a weight or bias per expert, along its dim 0
+
+    def moved(self, tensor: Tensor, axes: tuple[int | None, ...] | None) -> Weight:
+        """The same weight, lying where the tensor does."""
+        return self._replace(offset=offset_of(tensor), layout=layout_of(tensor), axes=axes)
 
     def view(self, tensor: Tensor) -> View | None:
         """What the tensor shows of it; None if it shows nothing."""
@@ -26,27 +31,46 @@ class Weight(NamedTuple):
         first, last = _extent(self.offset, self.layout)
         if start >= last or first >= stop:
             return None
-        axes = None
-        if self.axes is not None and at == self.offset:
-            axes = _match(layout, self.layout, self.axes)
-        return View(self, axes)
+        if self.axes is None:
+            return View(self, None)
+        if at == self.offset and (axes := _match(layout, self.layout, self.axes)) is not None:
+            return View(self, axes)
+        return self._entry(at, layout) or View(self, None)
+
+    def _entry(self, at: int, layout: tuple[tuple[int, int], ...]) -> View | None:
+        """The view of one expert's weight, if it is one."""
+        if not self.per_expert or self.axes is None or 0 not in self.axes:
+            return None
+        first = self.axes.index(0)
+        experts, stride = self.layout[first]
+        expert, beside = divmod(at - self.offset, stride)
+        if beside or not 0 <= expert < experts:
+            return None
+        rest = [(own, axis) for own, axis in zip(self.layout, self.axes, strict=True) if axis != 0]
+        axes = _match(layout, [own for own, _ in rest], [axis for _, axis in rest])
+        return None if axes is None else View(self, axes, expert)
 
 
 class View(NamedTuple):
     """A tensor that shows a whole weight (axes) or only a part or function of it (None).
 
-    Dims of size one and expanded dims have no axis: (1, 0) for Wᵀ, (None, 0) for γ[None].
+    Dims of size one and expanded dims have no axis: (1, 0) for Wᵀ, (None, 0) for γ[None]. Where
+    `expert` is set, it shows that one's entry of a fused weight whole: (2, 1) for W[e]ᵀ.
     """
 
     weight: Weight
     axes: tuple[int | None, ...] | None
+    expert: int | None = None
 
+    @property
+    def shape(self) -> torch.Size:
+        """Of what it shows, in the parameter's order of dims."""
+        return self.weight.shape if self.expert is None else self.weight.shape[1:]
 
-def weight_at(
-    name: str, shape: torch.Size, tensor: Tensor, axes: tuple[int | None, ...] | None
-) -> Weight:
-    """The weight of that name, lying where the tensor does."""
-    return Weight(name, shape, offset_of(tensor), layout_of(tensor), axes)
+    def spread(self, sizes: Mapping[int | None, int]) -> list[int]:
+        """A shape that broadcasts against what it shows: these sizes of the parameter's dims."""
+        shape = [sizes.get(axis, 1) for axis in range(len(self.weight.shape))]
+        return shape if self.expert is None else shape[1:]
 
 
 def _match(
