@@ -7,7 +7,8 @@ against a reference, and ``benchmarks/architectures.py`` writes docs/architectur
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,7 +142,7 @@ DEFINED: dict[str, Architecture] = {
     "bert-token-classification": _of(
         "Bert", {**_ENCODER, "num_labels": 3}, "ForTokenClassification"
     ),
-    "cohere": _of("Cohere", {**_SPLIT, "tie_word_embeddings": True}),
+    "cohere": _of("Cohere", {**_SPLIT, "tie_word_embeddings": True, "use_qk_norm": True}),
     "cohere2": _of("Cohere2", {**_SPLIT, "tie_word_embeddings": True}),
     "distilbert": _of("DistilBert", _DISTILBERT, "Model"),
     "distilbert-masked-lm": _of("DistilBert", _DISTILBERT, "ForMaskedLM"),
@@ -156,7 +157,6 @@ DEFINED: dict[str, Architecture] = {
         {
             **_UNSPLIT,
             "ffn_hidden_size": 24,
-            "bias": True,
             "alibi": False,
             "new_decoder_architecture": True,
             "num_kv_heads": 2,
@@ -310,14 +310,14 @@ DEFINED: dict[str, Architecture] = {
                 "rope_parameters": _SECTIONS,
             },
             "vision_config": {
-                "depth": 1,
+                "depth": 3,
                 "hidden_size": 8,
                 "intermediate_size": 20,
                 "out_hidden_size": 16,
                 "num_heads": 2,
                 "patch_size": 4,
                 "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
+                "deepstack_visual_indexes": [0, 1, 2],
             },
             "tie_word_embeddings": False,
         },
@@ -328,14 +328,14 @@ DEFINED: dict[str, Architecture] = {
         {
             "text_config": {**_UNTIED, "rope_parameters": _SECTIONS},
             "vision_config": {
-                "depth": 1,
+                "depth": 3,
                 "hidden_size": 8,
                 "intermediate_size": 20,
                 "out_hidden_size": 16,
                 "num_heads": 2,
                 "patch_size": 4,
                 "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0],
+                "deepstack_visual_indexes": [0, 1, 2],
             },
             "tie_word_embeddings": False,
         },
@@ -360,6 +360,8 @@ DEFINED: dict[str, Architecture] = {
             "d_ff": 24,
             "num_layers": LAYERS,
             "num_heads": 4,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
             "decoder_start_token_id": 0,
         },
         "ForConditionalGeneration",
@@ -561,6 +563,25 @@ INFERRED: dict[str, Architecture] = {
 
 ARCHITECTURES: dict[str, Architecture] = {**DEFINED, **INFERRED}
 
+
+def coverage(shapes: Collection[str], unscored: Mapping[str, str]) -> tuple[int, int, str]:
+    """A row of docs/architectures.md: tensors, scored, and what is unscored and why.
+
+    Layers are counted together, and so is what is within a module that never ran.
+    """
+    kinds: dict[tuple[str, str], int] = {}
+    for name, reason in unscored.items():
+        kind = re.sub(r"\.\d+\.", ".N.", name)
+        if reason.startswith("never used"):
+            kind = ".".join(kind.split(".")[:2]) + ".…" if kind.count(".") > 1 else kind
+        kinds[kind, reason] = kinds.get((kind, reason), 0) + 1
+    by_reason: dict[str, list[str]] = {}
+    for (kind, reason), count in kinds.items():
+        by_reason.setdefault(reason, []).append(f"`{kind}`" + (f" × {count}" if count > 1 else ""))
+    told = "; ".join(f"{', '.join(kinds)}: {reason}" for reason, kinds in by_reason.items())
+    return len(shapes), len(shapes) - len(unscored), told or "–"
+
+
 # What mergekit defines and transformers 5 does not build without remote code.
 EXCLUDED: dict[str, str] = {
     "baichuan": "remote code (BaichuanForCausalLM)",
@@ -574,4 +595,22 @@ EXCLUDED: dict[str, str] = {
     "qwen": "remote code (QWenLMHeadModel)",
     "solar": "remote code (SolarForCausalLM)",
     "stablelm": "remote code (StableLMEpochForCausalLM)",
+}
+
+# Why mergekit 0.1.5 cannot merge some of them, or loses tensors of theirs.
+UPSTREAM: dict[str, str] = {
+    "bert": "bert.json: planning adds a tuple to a list; load it with a head instead",
+    "bert-masked-lm": "bert-masked-lm.json requires a pooler, which the class has not",
+    "deepseek_v2": "inferred layers are taken to be alike, and the first has no experts",
+    "deepseek_v3": "inferred layers are taken to be alike, and the first has no experts",
+    "distilbert": "distilbert.json has the prefix of the classes with a head",
+    "gemma3vl": "gemma3vl.json has names that transformers 5 no longer stores",
+    "gpt-neox": "gpt-neox.json requires buffers that transformers no longer stores",
+    "jamba": "inferred layers are taken to be alike, and only some have experts",
+    "llava": "inferred names are the module's, and transformers stores others",
+    "nemotron_h": "inferred layers are taken to be alike, and each kind has tensors of its own",
+    "qwen2_vl": "qwen2_vl.json looks for the number of layers where transformers 4 had it",
+    "roberta": "roberta.json has the prefix of the classes with a head",
+    "stablelm2": "stablelm2.json lacks the norms of queries and keys (qk_layernorm)",
+    "whisper": "whisper.json lacks a dot",
 }

@@ -7,6 +7,8 @@ activations and takes gradients.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +16,25 @@ import torch
 from torch import Tensor
 
 import tiny_models
-from architectures import ARCHITECTURES, DEFINED, EXCLUDED
+from architectures import ARCHITECTURES, DEFINED, EXCLUDED, UPSTREAM, coverage
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
 from square_gradients import SquareGradients
 
 FEWEST_ROWS = 32
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+OUTDATED = "docs/architectures.md is out of date: run `python tests/write_architectures.py`"
+
+
+@cache
+def page() -> dict[str, list[str]]:
+    """The page's rows, by their first cell."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in PAGE.read_text(encoding="utf-8").splitlines()
+        if line.startswith("| ")
+    ]
+    return {first: rest for first, *rest in rows}
 
 
 @pytest.fixture(autouse=True)
@@ -62,6 +77,9 @@ def test_every_h_equals_the_reference(name: str) -> None:
     assert curvatures.keys() | unscored.keys() == shapes.keys()
     assert not curvatures.keys() & unscored.keys()
 
+    row = page()[name]
+    assert row[2:5] == [str(cell) for cell in coverage(shapes, unscored)], OUTDATED
+
     reference = reference_sums(model, sequences)
     for parameter, curvature in curvatures.items():
         assert parameter not in reference.unknown, (parameter, reference.unknown[parameter])
@@ -103,3 +121,17 @@ def test_every_definition_of_mergekit_is_built_or_excluded() -> None:
     built = {name for name in DEFINED if name in stems}
     assert built | EXCLUDED.keys() == stems
     assert len(ARCHITECTURES) >= 70
+
+
+def test_the_page_lists_the_table() -> None:
+    rows = page()
+    for name, architecture in ARCHITECTURES.items():
+        model, known, *_, merged = rows[name]
+        assert model == f"`{architecture.model}`", OUTDATED
+        assert known == ("defined" if name in DEFINED else "inferred"), OUTDATED
+        told = f"({UPSTREAM[name]})" if name in UPSTREAM else "yes"
+        assert merged.endswith(told), OUTDATED
+    for name, why in EXCLUDED.items():
+        assert rows[name] == [why], OUTDATED
+    heads = {"architecture", "definition"}
+    assert rows.keys() - heads == ARCHITECTURES.keys() | EXCLUDED.keys(), OUTDATED
