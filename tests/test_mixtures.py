@@ -152,6 +152,20 @@ def test_mixtures_through_both_commands(name: str, tmp_path: Path) -> None:
     )
 
 
+def test_in_float64(tmp_path: Path) -> None:
+    """Which torch's grouped product does not know."""
+    folders = write_models("mixtral", tmp_path)
+    path = commands.write_recipe(tmp_path, recipe_for(folders, tmp_path, ""))
+    for dtype in ("float32", "float64"):
+        succeed(commands.obim_saliency(path, tmp_path / dtype, "--dtype", dtype))
+    for folder in folders[1:]:
+        name = saliency_file_name(str(folder))
+        single, double = (commands.entries(tmp_path / d / name) for d in ("float32", "float64"))
+        assert single.keys() == double.keys()
+        for entry, h in single.items():
+            torch.testing.assert_close(h, double[entry], rtol=1e-3, atol=1e-6, msg=entry)
+
+
 @pytest.mark.parametrize(
     "name", ["mixtral", "qwen3_moe", "phimoe", "glm4moe", "nemotron_h", "jamba", "qwen3_vl"]
 )

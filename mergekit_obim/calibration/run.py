@@ -431,7 +431,15 @@ def _load(
             "disk, where they cannot be measured yet: raise --max-memory, use --dtype bfloat16, or "
             "run it whole with --device cpu"
         )
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        _without_grouped_mm(model)
     return cast("PreTrainedModel", model.eval())
+
+
+def _without_grouped_mm(model: PreTrainedModel) -> None:
+    """torch has no grouped product in float64: the experts run one by one then."""
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("eager")
 
 
 def _out_of_memory(error: BaseException) -> bool:

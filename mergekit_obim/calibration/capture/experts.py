@@ -35,17 +35,13 @@ def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
     if view is None or not call.is_data(x) or not isinstance(offs, Tensor) or x.ndim != 2:
         return
     assert view.axes is not None
-    if len(view.axes) != 3 or view.axes[0] not in (0, None):
+    if len(view.weight.shape) != 3 or len(view.axes) != 3 or view.axes[0] not in (0, None):
         return
     ends = offs.tolist()
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     groups = x[: ends[-1]].split(counts)
-    yield _use(
-        view,
-        view.axes[1],
-        squares.each(view.weight, groups),
-        torch.tensor(counts, device="cpu"),
-    )
+    rows = torch.tensor(counts, device="cpu")
+    yield _use(view, view.axes[1], squares.each(view.weight, groups), rows)
 
 
 def on_bmm(squares: Squares, call: Call) -> Iterator[Use]:

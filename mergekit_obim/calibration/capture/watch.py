@@ -362,7 +362,7 @@ def _scalar_factor(call: Call, tensor: Tensor) -> float | None:
 def _why(call: Call, view: View) -> str:
     """The reason to give for a weight that no handler accounted for."""
     operation = str(call.op).replace(".default", "")
-    if call.op is aten.index and view.weight.per_expert:
+    if call.op is aten.index and view.weight.per_expert and call.args[1][0] is not None:
         return "each token gets a copy of its experts; set experts_implementation: grouped_mm"
     if view.axes is None:
         return f"used in parts or combined with others, not as a whole ({operation})"
