@@ -29,7 +29,7 @@ FORMAT_VERSION = "1"
 # The name under which a model's own folder or repository carries its saliency.
 PUBLISHED_NAME = "obim_saliency.safetensors"
 _REQUIRED = ("format", "format_version", "form", "model")
-_JSON_KEYS = ("calibration", "unscored", "fingerprint")
+_JSON_KEYS = {"calibration", "unscored", "experts", "fingerprint"}
 _LONGEST_NAME = 120
 
 
@@ -44,6 +44,8 @@ class SaliencyMetadata(BaseModel):
         architecture: The model's class name in its configuration.
         calibration: What it was measured on.
         unscored: Weights that have no entry, and why.
+        experts: Per fused weight, `tokens`, how many each expert saw, and `pooled`, the experts
+            that saw too few and have the mean h over all.
         fingerprint: Per stored tensor of the measured checkpoint, a sample of its values.
         mergekit_obim_version: The version that wrote the file.
     """
@@ -56,6 +58,7 @@ class SaliencyMetadata(BaseModel):
     architecture: str = ""
     calibration: dict[str, Any] = {}
     unscored: dict[str, str] = {}
+    experts: dict[str, dict[str, list[int]]] = {}
     fingerprint: dict[str, Fingerprint] = {}
     mergekit_obim_version: str = ""
 
@@ -67,7 +70,9 @@ class SaliencyMetadata(BaseModel):
     def to_header(self) -> dict[str, str]:
         """All-string key–value pairs, JSON where a value has structure."""
         values = self.model_dump(mode="json")
-        for key in _JSON_KEYS:
+        if not self.experts:
+            del values["experts"]
+        for key in values.keys() & _JSON_KEYS:
             values[key] = json.dumps(values[key], sort_keys=True)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 

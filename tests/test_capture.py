@@ -198,28 +198,12 @@ def test_logits_that_are_needed_are_not_skipped() -> None:
     torch.testing.assert_close(capture.curvatures()["temperature"].h, h[None].detach())
 
 
-def test_fused_experts_are_named_and_the_rest_is_measured() -> None:
-    model = tiny_models.build("mixtral")
-    got, capture = capture_h(model, batched(2))
-    experts = [n for n, _ in model.named_parameters() if ".experts." in n]
-    assert len(experts) == 4
-    assert capture.unscored() == dict.fromkeys(experts, "fused experts are not measured yet")
-    want = reference_h(model)  # which knows no routers
-    routers = {n: c for n, c in got.items() if n.endswith("mlp.gate.weight")}
-    assert_same_h({n: c for n, c in got.items() if n not in routers}, want, rtol=1e-5)
-    assert [c.h.shape for c in routers.values()] == [(1, 16), (1, 16)]
-
-
 def test_state_space_weights_without_a_linear_form_are_named() -> None:
     model = tiny_models.build("mamba")
     got, capture = capture_h(model, batched(2))
     assert set(got) | set(capture.unscored()) == set(dict(model.named_parameters()))
     reasons = {name.rsplit("mixer.")[1]: why for name, why in capture.unscored().items()}
-    assert reasons == {
-        "A_log": "no linear form is known for its operation (aten.exp)",
-        "conv1d.weight": "convolutions are not measured yet",
-        "conv1d.bias": "convolutions are not measured yet",
-    }
+    assert reasons == {"A_log": "no linear form is known for its operation (aten.exp)"}
     want = reference_h(model)
     assert_same_h(
         {n: got[n] for n in want if n in got}, {n: want[n] for n in got if n in want}, 1e-5
@@ -267,7 +251,10 @@ FUSED_RMS_NORM = getattr(torch.ops.aten, "_fused_rms_norm", None)  # not before 
         (lambda m, x: x.bfloat16() @ m.w.bfloat16().T, (2, 4), None),
         (lambda m, x: x.transpose(0, 1) @ (m.w + 1).t(), (2, 4), SQUARES[None]),
         (lambda m, x: nn.functional.linear(x[:, 1], m.w), (2, 4), X[:, 1].pow(2).mean(0)[None]),
-        (lambda m, x: nn.functional.conv1d(x.mT, m.w.unsqueeze(-1)), (2, 4), "unscored"),
+        (lambda m, x: nn.functional.conv1d(x.mT, m.w.unsqueeze(-1)), (2, 4), SQUARES[None]),
+        (lambda m, x: nn.functional.conv1d(x.mT, m.w.mT), (2, 1, 4), SQUARES[None, None]),
+        # Few rows: the mean over all.
+        (lambda m, x: torch.bmm(x, m.w), (5, 4, 2), SQUARES[None, :, None].expand(5, 4, 1)),
         (lambda m, x: x * m.w, (4,), SQUARES),
         (lambda m, x: x * (1 + m.w), (4,), SQUARES),
         (lambda m, x: x * m.w[None, :, None], (3,), X.pow(2).mean((0, 2))),
@@ -300,7 +287,10 @@ FUSED_RMS_NORM = getattr(torch.ops.aten, "_fused_rms_norm", None)  # not before 
         (lambda m, x: x @ (m.w @ m.w.T), (4, 4), "unscored"),
         (lambda m, x: x * (m.w / m.w.norm()), (4,), "unscored"),
         (lambda m, x: x * m.w * (m.w.tanh() * m.w), (4,), "unscored"),
-        (lambda m, x: torch.bmm(x, m.w), (5, 4, 2), "unscored"),
+        (lambda m, x: m.w[IDS % 5] @ x[0, 0], (5, 3, 4), "unscored"),
+        (lambda m, x: (x[0] @ m.w[1], m.w[1].exp()), (5, 4, 2), "unscored"),
+        (lambda m, x: x[0] @ m.w[:2].sum(0), (5, 4, 2), "unscored"),
+        (lambda m, x: nn.functional.conv1d(x.mT, m.w.transpose(0, 1)), (4, 2, 1), "unscored"),
         (lambda m, x: torch.cat([x, m.w.expand(5, 1, 4)], 1), (1, 1, 4), "unscored"),
         (lambda m, x: (x @ m.w.T, m.w.add_(1)), (2, 4), "unscored"),
         (lambda m, x: torch.where(x > 0, x, m.w), (4,), "unscored"),

@@ -27,7 +27,7 @@ import checkpoints
 import commands
 from commands import World, refusal, says
 from mergekit_obim import saliency_file
-from mergekit_obim.calibration import capture
+from mergekit_obim.calibration.capture.squares import Squares
 from mergekit_obim.methods.base import ExpertMethod
 from tiny_tokenizers import byte_tokenizer
 
@@ -921,14 +921,14 @@ def killed(patch: Callable[[Callable[[], None]], None], *args: object) -> None:
 
 def while_measuring(kill: Callable[[], None]) -> None:
     calls = iter(range(100))
-    original = capture.CurvatureCapture.squares
+    original = Squares.sum
 
-    def squares(*args: Any, **kwargs: Any) -> Any:
+    def sum_(*args: Any, **kwargs: Any) -> Any:
         if next(calls) == 20:
             kill()
         return original(*args, **kwargs)
 
-    capture.CurvatureCapture.squares = squares  # type: ignore[method-assign]
+    Squares.sum = sum_  # type: ignore[method-assign]
 
 
 def while_writing(kill: Callable[[], None]) -> None:

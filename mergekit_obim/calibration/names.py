@@ -1,15 +1,21 @@
-"""Under which names mergekit may ask for a module's parameter.
+"""Under which names, and in which layouts, mergekit may ask for a module's parameter.
 
 transformers 5 renames tensors while it loads a checkpoint (GPT-NeoX ``embed_out`` →
 ``lm_head``, BERT ``gamma`` → ``weight``, a missing base-model prefix), while mergekit's
 ``LoadTensor`` looks for the name of its architecture definition, its aliases and its tied names
 among the checkpoint's own. A saliency file that holds both names, where they differ, serves both.
+
+Loading also fuses: the experts of most mixtures are stored one by one and become one parameter.
+mergekit fuses them too where its definition says so, and asks for single ones elsewhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import math
+from collections.abc import Callable, Collection
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -17,7 +23,11 @@ from transformers.core_model_loading import (
     WeightRenaming,
     dot_natural_key,
     rename_source_key,
+    revert_weight_conversion,
 )
+
+# Divisible by every number of tensors that are concatenated along one dim: q, k, v; gate and up.
+_STAND_IN = 12
 
 
 def weight_names(
@@ -26,7 +36,7 @@ def weight_names(
     """Every name that a weight goes by, in the module and in the checkpoint.
 
     The checkpoint's names are mapped forward by transformers' own loading rules. Tensors that
-    loading fuses, splits or transposes have another layout, so they keep the module's name only.
+    loading fuses, splits or transposes have another layout: see :func:`stored_parts`.
 
     Args:
         model: The model, loaded from that checkpoint.
@@ -46,6 +56,51 @@ def weight_names(
         if parameter is not None and stored not in names[parameter]:
             names[parameter].append(stored)
     return {parameter: tuple(known) for parameter, known in names.items()}
+
+
+def stored_parts(
+    model: PreTrainedModel, parameter: str, h: Tensor, shapes: Callable[[str], torch.Size | None]
+) -> dict[str, Tensor]:
+    """h of the tensors that loading made a parameter of, each in its stored layout.
+
+    transformers' own rules for saving take h apart as they would the weight. For them, dims along
+    which h does not change are given a few entries each, and taken to one again afterwards.
+
+    Args:
+        model: The model, loaded from that checkpoint.
+        parameter: The parameter's name.
+        h: Broadcasts against it.
+        shapes: Gives the shape of a tensor that the checkpoint stores, None if it does not.
+
+    Returns:
+        Stored name -> h, which broadcasts against the stored tensor. Nothing if the rules cannot
+        be applied: then mergekit cannot take the weight apart either.
+    """
+    weight = model.get_parameter(parameter)
+    sizes = [
+        full if full == size else _STAND_IN
+        for size, full in zip(h.shape, weight.shape, strict=True)
+    ]
+    try:
+        pieces = revert_weight_conversion(model, {parameter: h.expand(sizes)})
+    except Exception:  # whatever an operation makes of a tensor of another size
+        return {}
+    parts: dict[str, Tensor] = {}
+    elements = 0
+    for stored, piece in pieces.items():
+        shape = shapes(stored)
+        if shape is None or piece.ndim != len(shape):
+            return {}
+        elements += math.prod(shape)
+        for dim, size in enumerate(shape):
+            one = piece.narrow(dim, 0, 1)
+            if piece.shape[dim] != size and torch.equal(one.expand_as(piece), piece):
+                piece = one
+        if any(own not in (1, size) for own, size in zip(piece.shape, shape, strict=True)):
+            return {}
+        parts[stored] = piece.contiguous()
+    # A tensor that several parameters were made of has not this one's h alone.
+    return parts if elements == weight.numel() else {}
 
 
 def _renamed(model: PreTrainedModel, checkpoint_names: Collection[str]) -> dict[str, str]:

@@ -18,9 +18,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from mergekit_obim import __version__
-from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration, batches, prepare
-from mergekit_obim.calibration.names import weight_names
+from mergekit_obim.calibration.feeding import feed
+from mergekit_obim.calibration.names import stored_parts, weight_names
 from mergekit_obim.calibration.spec import Calibration, Expert
 from mergekit_obim.errors import (
     CalibrationError,
@@ -172,14 +173,14 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
         DeviceMemoryError: The model or its activations do not fit.
     """
     if prepared.kept:
-        return _measured(prepared, len(prepared.kept.shapes), prepared.kept.metadata.unscored)
+        return _measured(prepared, len(prepared.kept.shapes), prepared.kept.metadata)
     label, path = prepared.expert.model, prepared.path
     model = _load(
         label, prepared.weights.merged, prepared.config, prepared.expert.calibration, options
     )
     try:
         capture = _run(model, prepared.data, prepared.expert, options)
-        h, unscored = _entries(model, capture, prepared.weights)
+        h, found = _entries(model, capture, prepared.weights)
     except Exception as error:
         if not _out_of_memory(error):
             raise
@@ -187,7 +188,7 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
     if not h:
         raise CalibrationError(
             f"model {label}: not one of its weights could be scored: "
-            + "; ".join(sorted(set(unscored.values())))
+            + "; ".join(sorted(set(found["unscored"].values())))
         )
     shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
     read = h.__getitem__
@@ -195,28 +196,46 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
         del model
         dense = _DenseScores(h, prepared.weights, prepared.base, _merge_dtype(options.merge_dtype))
         shapes, read = dense.shapes, dense.read
+    metadata = prepared.wanted.model_copy(update=found)
     try:
-        write_saliency(
-            path, shapes, read, prepared.wanted.model_copy(update={"unscored": unscored})
-        )
+        write_saliency(path, shapes, read, metadata)
     except OSError as error:
         raise SaliencyFileError(
             f"{path}: the saliency of model {label} cannot be written: {_one_line(error)}"
         ) from error
-    return _measured(prepared, len(h), unscored)
+    return _measured(prepared, len(h), metadata)
 
 
-def _measured(prepared: Prepared, scored: int, unscored: Mapping[str, str]) -> Measured:
+def _measured(prepared: Prepared, scored: int, metadata: SaliencyMetadata) -> Measured:
     return Measured(
         prepared.expert.model,
         prepared.path,
         prepared.kept is not None,
         scored,
-        unscored,
+        metadata.unscored,
         prepared.wanted.calibration["samples"],
         prepared.data.tokens,
-        prepared.data.warnings,
+        [*prepared.data.warnings, *_pooled(metadata.experts)],
     )
+
+
+def _pooled(experts: Mapping[str, Mapping[str, list[int]]]) -> list[str]:
+    """A line on the experts that saw too few tokens, if there are any."""
+    pooled: dict[str, set[int]] = {}
+    total = {}
+    for name, found in experts.items():
+        layer = name.rpartition(".")[0]
+        pooled.setdefault(layer, set()).update(found["pooled"])
+        total[layer] = len(found["tokens"])
+    few = {layer: sorted(numbers) for layer, numbers in pooled.items() if numbers}
+    if not few:
+        return []
+    layer, numbers = next(iter(few.items()))
+    return [
+        f"{sum(map(len, few.values()))} of {sum(total.values())} experts saw fewer than "
+        f"{FEWEST_ROWS} tokens and take the mean over their layer's, as in {layer}: "
+        f"{', '.join(map(str, numbers))}; more samples would tell them apart"
+    ]
 
 
 class _Weights:
@@ -247,6 +266,9 @@ class _Weights:
         tensor = self.loader.get_tensor(name)
         assert tensor is not None  # it raises before
         return tensor
+
+    def shape(self, name: str) -> torch.Size | None:
+        return self.load(name).shape if name in self.loader.index.tensor_paths else None
 
     def fingerprints(self) -> dict[str, Fingerprint]:
         """A sample of every stored floating-point weight."""
@@ -409,7 +431,15 @@ def _load(
             "disk, where they cannot be measured yet: raise --max-memory, use --dtype bfloat16, or "
             "run it whole with --device cpu"
         )
+    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+        _without_grouped_mm(model)
     return cast("PreTrainedModel", model.eval())
+
+
+def _without_grouped_mm(model: PreTrainedModel) -> None:
+    """torch has no grouped product in float64: the experts run one by one then."""
+    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
+        model.set_experts_implementation("eager")
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -445,7 +475,7 @@ def _run(
             for start in range(0, len(batch), step):
                 rows = batch[start : start + step]
                 try:
-                    model(input_ids=torch.tensor(rows, device=device), use_cache=False)
+                    feed(model, torch.tensor(rows, device=device))
                 except Exception as error:
                     if isinstance(error, CalibrationError) or _out_of_memory(error):
                         raise
@@ -459,16 +489,21 @@ def _run(
 
 def _entries(
     model: PreTrainedModel, capture: CurvatureCapture, weights: _Weights
-) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """h under every name that a merge may ask for it, and why the other weights have none."""
-    names = weight_names(model, weights.names)
-    h = {
-        name: curvature.h
-        for parameter, curvature in capture.curvatures().items()
-        for name in names[parameter]
-    }
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """h under every name that a merge may ask for it; and for the header, what else was found."""
+    stored = set(weights.names)
+    names = weight_names(model, stored)
+    h: dict[str, torch.Tensor] = {}
+    experts: dict[str, dict[str, list[int]]] = {}
+    for parameter, curvature in capture.curvatures().items():
+        h |= dict.fromkeys(names[parameter], curvature.h)
+        if not any(name in stored for name in names[parameter]):
+            h |= stored_parts(model, parameter, curvature.h, weights.shape)
+        if curvature.experts:
+            tokens, pooled = list(curvature.experts), list(curvature.pooled)
+            experts[parameter] = {"tokens": tokens, "pooled": pooled}
     unscored = {names[parameter][0]: reason for parameter, reason in capture.unscored().items()}
-    return h, unscored
+    return h, {"unscored": unscored, "experts": experts}
 
 
 class _DenseScores:

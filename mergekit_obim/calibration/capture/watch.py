@@ -1,0 +1,408 @@
+"""The dispatch mode that watches a forward, operation by operation."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mergekit_obim.calibration.capture import convolutions, dense, experts
+from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
+from mergekit_obim.calibration.capture.squares import Squares
+from mergekit_obim.calibration.capture.terms import FEWEST_ROWS, Term
+from mergekit_obim.calibration.capture.weights import (
+    View,
+    Weight,
+    expired,
+    layout_of,
+    offset_of,
+    reference,
+    storage_of,
+    tensors_in,
+)
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """What a calibration run measured for one parameter.
+
+    Attributes:
+        h: float32 on the CPU, shaped to broadcast against the parameter: Linear [1, in],
+            Conv1D [in, 1], embedding [vocab, 1], embedding tied to a head [vocab, d], norm gain
+            [d], bias [1].
+        rows: How many rows (tokens) h is the mean of; of tied terms, the largest.
+        experts: Of fused experts, how many rows each saw.
+    """
+
+    h: Tensor
+    rows: int
+    experts: tuple[int, ...] = ()
+
+    @property
+    def pooled(self) -> tuple[int, ...]:
+        """The experts that saw too few rows, whose h is the mean over all of them."""
+        return tuple(e for e, rows in enumerate(self.experts) if rows < FEWEST_ROWS)
+
+
+class _Passing(NamedTuple):
+    """What is known of a tensor that the forward made; the reference keeps its address unique."""
+
+    storage: StorageWeakRef
+    weights: list[Weight]
+    lookup: tuple[Lookup, float] | None  # and the scale so far
+
+
+class CurvatureCapture(TorchDispatchMode):
+    """Context manager around forwards: ``with CurvatureCapture(model) as capture: model(…)``.
+
+    It turns gradients off; the caller puts the model in eval mode, and passes batches without
+    padding, since every row counts. Sums are kept on the activations' devices, squared in float32
+    (float64 for float64 activations) and added up over batches in float64. It may be entered
+    again, to go on counting.
+
+    Args:
+        model: The model; its parameters must not move to another device meanwhile.
+        skip_logits: Measure the output head's input, but return logits of width zero instead of
+            a [tokens, vocab] product. Tried first on a single token, twice: where it would change
+            any other number, or break the forward, logits are built as usual.
+
+    Raises:
+        CalibrationError: From within the forward, on CPUs as soon as the input of a weight's
+            operation is not finite; the message names the weight.
+    """
+
+    def __init__(self, model: nn.Module, *, skip_logits: bool = False) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._model = model
+        self._head = _skippable_head(model) if skip_logits else None
+        self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        self._fused = {
+            (name.rpartition(".")[0], shape[0])
+            for name, shape in self._shapes.items()
+            if len(shape) == 3
+        }
+        self._terms: dict[str, dict[str, Term]] = defaultdict(dict)
+        self._unaccounted: dict[str, str] = {}
+        self._parameters: dict[int, list[Weight]] = {}  # by storage
+        self._passing: dict[int, _Passing] = {}  # by storage, while inside the context
+        self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
+        self._stack = ExitStack()
+
+    @property
+    def skips_logits(self) -> bool:
+        return self._head is not None
+
+    @property
+    def tied(self) -> dict[str, tuple[str, ...]]:
+        """The other names of each parameter that has several: first name -> further names."""
+        first = {id(p): name for name, p in self._model.named_parameters()}
+        others: dict[str, tuple[str, ...]] = {}
+        for name, p in self._model.named_parameters(remove_duplicate=False):
+            if name != first[id(p)]:
+                others[first[id(p)]] = (*others.get(first[id(p)], ()), name)
+        return others
+
+    def __enter__(self) -> CurvatureCapture:
+        self._parameters = {}
+        for name, p in self._model.named_parameters():
+            weight = Weight(name, p.shape, offset_of(p), layout_of(p), tuple(range(p.ndim)))
+            weight = weight._replace(per_expert=self._is_per_expert(name))
+            self._parameters.setdefault(storage_of(p), []).append(weight)
+        with ExitStack() as stack:
+            # inference_mode hides the operations inside composite ones; no_grad does not.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
+            if self._head is not None:
+                stack.callback(_restore_forward, self._head, vars(self._head).get("forward"))
+                self._head.forward = self._measured_head  # type: ignore[method-assign,assignment]
+            super().__enter__()  # type: ignore[no-untyped-call]
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
+        super().__exit__(exc_type, exc, tb)  # type: ignore[no-untyped-call]
+        self._stack.close()
+        self._passing.clear()
+        if exc_type is None:
+            self._squares.raise_if_not_finite()
+        self._squares.clear()
+
+    def curvatures(self) -> dict[str, Curvature]:
+        """h of each measured parameter, in the model's order; a tied weight once (`tied`)."""
+        measured = {}
+        for name in self._shapes:
+            terms = [t for t in self._terms.get(name, {}).values() if t.all_rows() > 0]
+            if not terms or name in self._unaccounted:
+                continue
+            most = max(terms, key=Term.all_rows)
+            h = sum((term.mean() for term in terms[1:]), start=terms[0].mean())
+            measured[name] = Curvature(h, most.all_rows(), most.experts())
+        return measured
+
+    def unscored(self) -> dict[str, str]:
+        """Every other parameter, with the reason why it has no h."""
+        reasons = {}
+        for name in self._shapes:
+            terms = self._terms.get(name, {})
+            if name in self._unaccounted:
+                reasons[name] = self._unaccounted[name]
+            elif not terms:
+                reasons[name] = "never used in the calibration run"
+            elif not any(term.all_rows() for term in terms.values()):
+                reasons[name] = "no token reached it in the calibration run"
+        return reasons
+
+    def state(self) -> dict[str, Any]:
+        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings.
+
+        The rows of fused experts are lists of ints.
+        """
+        terms = {
+            f"{row}:{name}": term
+            for name, by_row in self._terms.items()
+            for row, term in by_row.items()
+        }
+        return {
+            "totals": {key: term.total.cpu() for key, term in terms.items()},
+            "rows": {key: list(term.experts()) or term.rows for key, term in terms.items()},
+            "unaccounted": dict(self._unaccounted),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` gave for the same model."""
+        self._terms.clear()
+        for key, total in state["totals"].items():
+            row, _, name = key.partition(":")
+            self._terms[name][row] = Term.from_state(total, state["rows"][key])
+        self._unaccounted = dict(state["unaccounted"])
+
+    def _is_per_expert(self, name: str) -> bool:
+        """Whether a parameter may hold a weight per expert, or a bias beside such a weight."""
+        shape, module = self._shapes[name], name.rpartition(".")[0]
+        return len(shape) == 3 or (len(shape) == 2 and (module, shape[0]) in self._fused)
+
+    # -- watching operations ------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        call = Call(func.overloadpacket, args, kwargs, out)
+        for tensor in call.tensors():
+            self._recognise(tensor, call)
+        writes = func._schema.is_mutable
+        if writes:
+            self._forget_written(func, call)
+        if call.op in _METADATA_ONLY or not (call.views or call.lookups):
+            return out
+        if not writes and _shares_storage(call):
+            return out  # a view, recognised again when it is used
+        if call.views:
+            self._account(call)
+        for tensor, lookup, scale in call.lookups:
+            self._follow(call, tensor, lookup, scale)
+        return out
+
+    def _recognise(self, tensor: Tensor, call: Call) -> None:
+        key = storage_of(tensor)
+        passing = self._passing.get(key)
+        known = passing.weights if passing is not None else self._parameters.get(key, ())
+        views = [view for w in known if (view := w.view(tensor)) is not None]
+        if views:
+            call.views[id(tensor)] = views
+        if passing is not None and passing.lookup is not None:
+            call.lookups.append((tensor, *passing.lookup))
+
+    def _account(self, call: Call) -> None:
+        """Add what the operation says of its weights; name those it says nothing of."""
+        if (source := _copied(call)) is not None:
+            self._remember(call.out, [source.weight.moved(call.out, source.axes)])
+            return
+        accounted = set()
+        handler = HANDLERS.get(call.op) or HANDLERS.get(str(call.op))
+        for use in handler(self._squares, call) if handler else ():
+            accounted.add(use.weight.name)
+            if isinstance(use, Lookup):
+                self._remember(call.out, [], (use, 1.0))
+            else:
+                self._add(use)
+        views = [view for several in call.views.values() for view in several]
+        for view in views:
+            if view.axes is None or view.weight.name not in accounted:
+                self._unaccounted.setdefault(view.weight.name, _why(call, view))
+        # What is made of weights alone is no activation: a later handler must not take it for one.
+        if not accounted and all(id(t) in call.views or t.ndim == 0 for t in call.tensors()):
+            for made in tensors_in((call.out,)):
+                self._remember(made, [view.weight.moved(made, None) for view in views])
+
+    def _remember(
+        self,
+        tensor: Tensor,
+        weights: list[Weight],
+        lookup: tuple[Lookup, float] | None = None,
+    ) -> None:
+        self._passing = {k: p for k, p in self._passing.items() if not expired(p.storage)}
+        self._passing[storage_of(tensor)] = _Passing(reference(tensor), weights, lookup)
+
+    def _forget_written(self, func: Any, call: Call) -> None:
+        """A tensor that was written to is no longer the copy, the rows or the input it was.
+
+        (Version counters cannot tell: views made under a dispatch mode have their own.)
+        """
+        for i, argument in enumerate(func._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            written = call.args[i] if i < len(call.args) else call.kwargs.get(argument.name)
+            for tensor in tensors_in((written,)):
+                for view in call.views.get(id(tensor), ()):
+                    self._unaccounted.setdefault(view.weight.name, "changed while the model ran")
+                key = storage_of(tensor)
+                self._passing.pop(key, None)
+                self._squares.forget(key)
+
+    def _measured_head(self, x: Tensor) -> Tensor:
+        """Stands in for the output head's forward: counts its input, builds no logits."""
+        assert self._head is not None
+        call = Call(aten.linear, (x, self._head.weight, self._head.bias), {}, None)
+        for parameter in self._head.parameters(recurse=False):
+            self._recognise(parameter, call)
+        for use in dense.on_linear(self._squares, call):
+            self._add(use)
+        return x.new_empty((*x.shape[:-1], 0))
+
+    # -- counting -----------------------------------------------------------------------------
+
+    def _add(self, use: Use) -> None:
+        terms = self._terms[use.weight.name]
+        if use.row not in terms:
+            terms[use.row] = Term.like(use)
+        terms[use.row].add(use)
+
+    def _follow(self, call: Call, tensor: Tensor, lookup: Lookup, scale: float) -> None:
+        """See how an embedding's output is used: scaled or copied, or for good."""
+        factor = _scalar_factor(call, tensor)
+        if factor is not None:
+            self._remember(call.out, [], (lookup, scale * factor))
+            return
+        # Positions are looked up once and added to every sequence of the batch.
+        own = math.prod(size for size, stride in layout_of(tensor) if stride)
+        spread = call.op in _BROADCASTING and own > 0
+        self._count(lookup, scale, times=max(1, call.out.numel() // own) if spread else 1)
+
+    def _count(self, lookup: Lookup, scale: float, times: int) -> None:
+        """Row "embedding" of the table: frequency, times scale² for a scaled embedding.
+
+        What is looked up per expert is a bias: h = 1 over the rows of each.
+        """
+        weight = lookup.weight
+        if weight.per_expert:
+            whole = View(weight, (None, None))
+            self._add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
+            return
+        if lookup.scale is None:
+            lookup.scale = scale
+            shape = (-1,) + (1,) * (len(weight.shape) - 1)
+            total = lookup.counts.double() * (scale * scale * times)
+            self._add(Use(weight, "embedding", total.view(shape), lookup.rows * times))
+        elif not math.isclose(lookup.scale, scale):
+            self._unaccounted.setdefault(weight.name, "its rows are used at several scales")
+
+
+HANDLERS: dict[Any, Handler] = {
+    **dense.HANDLERS,
+    **experts.HANDLERS,
+    **convolutions.HANDLERS,
+}
+_METADATA_ONLY = {
+    *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
+    *(aten.rand_like, aten.randn_like),
+    *(aten.new_empty, aten.new_zeros, aten.new_ones, aten.new_full, aten.new_empty_strided),
+    *(aten.sym_size, aten.sym_stride, aten.sym_numel, aten.sym_storage_offset),
+}
+_COPIES = {aten._to_copy, aten.clone}
+_SCALINGS = {aten.mul, aten.mul_, aten.div, aten.div_}
+_BROADCASTING = {aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_}
+
+
+def _copied(call: Call) -> View | None:
+    """The weight that the result equals, up to a constant and a cast: W.to(…), 1 + W (Gemma)."""
+    shifted = call.op is aten.add and not isinstance(call.args[1], Tensor)
+    if not shifted and call.op not in _COPIES:
+        return None
+    view = call.view(call.args[0])
+    whole = view is not None and call.out.numel() == math.prod(view.weight.shape)
+    return view if whole and call.out.is_floating_point() else None
+
+
+def _scalar_factor(call: Call, tensor: Tensor) -> float | None:
+    """The number that this operation multiplies the looked-up rows by, if that is all it does."""
+    if call.op in _COPIES:
+        return 1.0
+    if call.op not in _SCALINGS:
+        return None
+    divided = call.op in (aten.div, aten.div_)
+    other = call.args[1] if call.args[0] is tensor else call.args[0]
+    if divided and (call.args[0] is not tensor or "rounding_mode" in call.kwargs):
+        return None
+    if isinstance(other, Tensor):
+        if other.ndim > 0 or not call.is_data(other):
+            return None
+        other = other.item()
+    return float(1 / other if divided else other)
+
+
+def _why(call: Call, view: View) -> str:
+    """The reason to give for a weight that no handler accounted for."""
+    operation = str(call.op).replace(".default", "")
+    if call.op is aten.index and view.weight.per_expert and call.args[1][0] is not None:
+        return "each token gets a copy of its experts; set experts_implementation: grouped_mm"
+    if view.axes is None:
+        return f"used in parts or combined with others, not as a whole ({operation})"
+    return f"no linear form is known for its operation ({operation})"
+
+
+# -- tensors, storages, modules ----------------------------------------------------------------
+
+
+def _shares_storage(call: Call) -> bool:
+    """Whether the result is a view of an argument (or the argument itself, written to)."""
+    storages = {storage_of(t) for t in tensors_in((call.out,))}
+    return any(storage_of(t) in storages for t in call.tensors())
+
+
+def _restore_forward(module: nn.Module, forward: Any) -> None:
+    del module.forward
+    if forward is not None:
+        module.forward = forward
+
+
+def _skippable_head(model: nn.Module) -> nn.Linear | None:
+    """The output head, if a forward without its logits gives every parameter the same numbers."""
+    find_head = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
+        return None
+    token = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
+    states = []
+    for skipped in (None, head):
+        capture = CurvatureCapture(model)
+        capture._head = skipped
+        try:
+            with capture:
+                model(input_ids=token)
+        except Exception:  # whatever it was: then the logits are built, and the run will tell
+            return None
+        states.append(capture.state())
+    full, without = states
+    same = all(full[key] == without[key] for key in ("rows", "unaccounted")) and all(
+        torch.equal(total, without["totals"][key]) for key, total in full["totals"].items()
+    )
+    return head if same else None

@@ -1,0 +1,35 @@
+"""Running text through a model, or through what part of it takes text."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+def feed(model: PreTrainedModel, ids: Tensor) -> None:
+    """One forward pass.
+
+    An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
+    its own training on text. Of a model that takes no text (speech), the decoder runs alone,
+    without its cross-attention; everything else is never used.
+
+    Args:
+        model: Of any of transformers' classes.
+        ids: [sequences, tokens], int64, on the model's device; no padding.
+    """
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    named = (model.main_input_name, *inspect.signature(model.forward).parameters)
+    takes_text = "input_ids" in named
+    if not takes_text and decoder is not None and decoder is not model:
+        hidden = decoder(input_ids=ids, use_cache=False)[0]
+        if (head := model.get_output_embeddings()) is not None:
+            head(hidden)
+        return
+    more: dict[str, Any] = {}
+    if getattr(model.config, "is_encoder_decoder", False):
+        shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+        more["decoder_input_ids"] = shift(labels=ids) if shift else ids
+    model(input_ids=ids, use_cache=False, **more)
