@@ -61,16 +61,6 @@ def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.
     return torch.from_numpy(memory).view(dtype)
 
 
-def upcast(target: torch.Tensor, value: torch.Tensor) -> None:
-    """``target[...] = value``, to a wider float dtype of the same shape and device."""
-    if value.dtype == torch.bfloat16 and _by_numpy(target.device):
-        # bfloat16 is the upper half of a float32.
-        bits = words(target)
-        np.left_shift(words(value), 16, dtype=bits.dtype, out=bits)
-    else:
-        target.copy_(value)
-
-
 def count(mask: Mask) -> int:
     """How many positions a mask has."""
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())

@@ -58,7 +58,7 @@ def objective(
             delta = task_vector(
                 block.of(candidate.expert),
                 block.of(base),
-                [memory(f"delta {k}"), memory("start")],
+                memory(f"delta {k}"),
             )
             deltas.append(array(delta))
             spare[...] = _h(candidate.criterion, deltas[k], block, base.shape)

@@ -8,14 +8,13 @@ block later experts.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mergekit_obim.kernels.blocks import Part
-from mergekit_obim.kernels.masked import array, namespace, upcast
+from mergekit_obim.kernels.masked import array, namespace
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,25 +27,21 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def task_vector(
-    expert: torch.Tensor, base: torch.Tensor, memory: Sequence[torch.Tensor] = ()
+    expert: torch.Tensor, base: torch.Tensor, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
     """δ = θ_k − θ_B (equation 1), in :func:`working_dtype`.
 
     Args:
         expert: θ_k, any shape and floating dtype.
         base: θ_B, same shape, dtype and device.
-        memory: Two tensors to work in, of the working dtype, [elements]; the result lies
-            in the first. Without them it is new memory.
+        memory: Where the result is to lie, of the working dtype, [elements]; otherwise it
+            is new memory.
     """
-    dtype = working_dtype(base.dtype)
-    memory = memory or torch.empty(2, expert.numel(), dtype=dtype, device=base.device).unbind()
-    delta, start = (row.view(expert.shape) for row in memory)
+    if memory is None:
+        dtype = working_dtype(base.dtype)
+        memory = torch.empty(expert.numel(), dtype=dtype, device=base.device)
     # The subtraction is done after the upcast: in bf16 it would be rounded to 8 bits.
-    upcast(delta, expert)
-    upcast(start, base)
-    difference = array(delta)
-    difference -= array(start)
-    return delta
+    return memory.view(expert.shape).copy_(expert).sub_(base)
 
 
 @dataclass(frozen=True)
@@ -61,10 +56,7 @@ class Saliency:
     h: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        s = array(delta)
-        s *= s
-        s *= array(part.of(self.h.expand(shape)))
-        return delta
+        return delta.square_().mul_(part.of(self.h.expand(shape)))
 
 
 @dataclass(frozen=True)
@@ -166,7 +158,7 @@ class Candidate:
     base: torch.Tensor
     criterion: Criterion
 
-    def scores(self, part: Part, memory: Sequence[torch.Tensor] = ()) -> torch.Tensor:
+    def scores(self, part: Part, memory: torch.Tensor | None = None) -> torch.Tensor:
         """Scores of a part of the tensor, in the working dtype, shaped like the part; contiguous.
 
         ``memory`` is where to put them, as for :func:`task_vector`.

@@ -84,7 +84,7 @@ def _walk(owner: torch.Tensor, candidate: Candidate) -> Iterator[tuple[Array, Ar
     dtype = working_dtype(candidate.base.dtype)
     for block in blocks(owner.shape, owner.device):
         size = block.of(owner).numel()
-        memory = [scratch(name, size, dtype, owner.device) for name in ("delta", "start")]
+        memory = scratch("scores", size, dtype, owner.device)
         free, spare = (
             array(scratch(name, size, torch.bool, owner.device)) for name in ("free", "spare")
         )
