@@ -12,11 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import empty
-from mergekit_obim.kernels.merging import scaled_sum
+from mergekit_obim.kernels.blocks import Block
 from mergekit_obim.kernels.scores import Candidate
-from mergekit_obim.kernels.ties import disjoint_mean, trim, trimmed_vectors
+from mergekit_obim.kernels.ties import merge_trimmed
 
 
 def merge_obm_sign(
@@ -46,17 +44,9 @@ def merge_obm_sign(
     Raises:
         UnscorableError: An expert's score is not finite.
     """
-    base = candidates[0].base
-    kept = [
-        trim(candidate, density) for candidate, density in zip(candidates, densities, strict=True)
-    ]
-    merged = empty(base.shape, base.dtype, base.device)
-    for block in blocks(base.shape, base.device):
-        trimmed = trimmed_vectors(block, candidates, kept, weights)
-        vote = torch.zeros_like(trimmed[0])
-        for candidate, mask, tau, weight in zip(candidates, kept, trimmed, weights, strict=True):
-            ballot = candidate.scores(block).masked_fill_(~block.of(mask), 0).mul_(abs(weight))
-            vote += ballot.copysign_(tau)
-        total = disjoint_mean(trimmed, vote >= 0, weights, normalize)
-        block.of(merged).copy_(scaled_sum(block.of(base), total, scale))
-    return merged
+
+    def ballot(block: Block, k: int, kept: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        votes = candidates[k].scores(block).masked_fill_(~kept, 0)
+        return votes.mul_(abs(weights[k])).copysign_(tau)
+
+    return merge_trimmed(candidates, densities, weights, scale, normalize, ballot)

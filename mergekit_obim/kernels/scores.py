@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from mergekit_obim.kernels.blocks import Part
-from mergekit_obim.kernels.masked import array, namespace
+from mergekit_obim.kernels.masked import array
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -80,9 +80,7 @@ class Magnitude:
     """s = |δ|: TIES' ranking (the paper's TIES+IM, table 3)."""
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
-        xp = namespace(delta.device)
-        xp.absolute(array(delta), out=array(delta))
-        return delta
+        return delta.abs_()
 
 
 @dataclass(frozen=True)

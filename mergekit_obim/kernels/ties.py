@@ -6,7 +6,7 @@ section 4), in the form that mergekit's ``ties`` gives them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -47,6 +47,28 @@ def merge_ties(
     Returns:
         A new tensor like the base.
     """
+    return merge_trimmed(
+        candidates, densities, weights, scale, normalize, lambda _block, _k, _kept, tau: tau
+    )
+
+
+def merge_trimmed(
+    candidates: Sequence[Candidate],
+    densities: Sequence[float],
+    weights: Sequence[float],
+    scale: float,
+    normalize: bool,
+    ballot: Callable[[Block, int, torch.Tensor, torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """TIES, whatever the experts vote with.
+
+    Args:
+        candidates, densities, weights, scale, normalize: As for :func:`merge_ties`.
+        ballot: Called with a block, k, the block of k's mask and τ_k there: k's votes, + or −.
+
+    Returns:
+        A new tensor like the base.
+    """
     base = candidates[0].base
     kept = [
         trim(candidate, density) for candidate, density in zip(candidates, densities, strict=True)
@@ -56,8 +78,8 @@ def merge_ties(
         trimmed = trimmed_vectors(block, candidates, kept, weights)
         # One after the other: how a reduction is ordered depends on the block's shape.
         vote = torch.zeros_like(trimmed[0])
-        for tau in trimmed:
-            vote += tau
+        for k, (mask, tau) in enumerate(zip(kept, trimmed, strict=True)):
+            vote += ballot(block, k, block.of(mask), tau)
         total = disjoint_mean(trimmed, vote >= 0, weights, normalize)
         block.of(merged).copy_(scaled_sum(block.of(base), total, scale))
     return merged
