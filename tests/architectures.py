@@ -66,6 +66,16 @@ _MLA: dict[str, Any] = {
     "head_dim": 4,  # of the rotary part
     "num_key_value_heads": 4,
 }
+_QWEN3_VISION = {
+    "depth": 3,
+    "hidden_size": 8,
+    "intermediate_size": 20,
+    "out_hidden_size": 16,
+    "num_heads": 2,
+    "patch_size": 4,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
 _SECTIONS: dict[str, Any] = {
     "rope_theta": 10000.0,
     "rope_type": "default",
@@ -309,16 +319,7 @@ DEFINED: dict[str, Architecture] = {
                 "moe_intermediate_size": 12,
                 "rope_parameters": _SECTIONS,
             },
-            "vision_config": {
-                "depth": 3,
-                "hidden_size": 8,
-                "intermediate_size": 20,
-                "out_hidden_size": 16,
-                "num_heads": 2,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1, 2],
-            },
+            "vision_config": _QWEN3_VISION,
             "tie_word_embeddings": False,
         },
         "ForConditionalGeneration",
@@ -327,16 +328,7 @@ DEFINED: dict[str, Architecture] = {
         "Qwen3VL",
         {
             "text_config": {**_UNTIED, "rope_parameters": _SECTIONS},
-            "vision_config": {
-                "depth": 3,
-                "hidden_size": 8,
-                "intermediate_size": 20,
-                "out_hidden_size": 16,
-                "num_heads": 2,
-                "patch_size": 4,
-                "num_position_embeddings": 16,
-                "deepstack_visual_indexes": [0, 1, 2],
-            },
+            "vision_config": _QWEN3_VISION,
             "tie_word_embeddings": False,
         },
         "ForConditionalGeneration",
