@@ -16,6 +16,7 @@ from collections.abc import Callable
 import click
 import torch
 
+from mergekit_obim.kernels.blocks import blocks, scratch
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
@@ -61,6 +62,15 @@ def measure(rows: int, columns: int, experts: int, device: torch.device, repeats
         claim_top(owner, 0, base.numel() // 3, Candidate(tuned[0], base, criteria["saliency"]))
 
     result["claim_one"] = median_time(claim, device, repeats) / copy
+
+    def scores() -> None:
+        candidate = Candidate(tuned[0], base, criteria["saliency"])
+        for block in blocks(base.shape, device):
+            size = block.of(base).numel()
+            candidate.scores(block, scratch("scores", size, torch.float32, device))
+
+    # The k-th value, and labelling what reaches it: all of it but the scores' arithmetic.
+    result["select_one"] = result["claim_one"] - median_time(scores, device, repeats) / copy
     density = [1 / experts] * experts
     for name, criterion in criteria.items():
         candidates = [Candidate(tensor, base, criterion) for tensor in tuned]

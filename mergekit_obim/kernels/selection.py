@@ -81,13 +81,14 @@ def _walk(owner: torch.Tensor, candidate: Candidate) -> Iterator[tuple[Array, Ar
     All but the owners lie in memory that the next block is going to use.
     """
     xp, flat = masked.namespace(owner.device), owner.view(-1)
-    dtype = working_dtype(candidate.base.dtype)
+    dtype, size = working_dtype(candidate.base.dtype), 0
     for block in blocks(owner.shape, owner.device):
-        size = block.of(owner).numel()
-        memory = scratch("scores", size, dtype, owner.device)
-        free, spare = (
-            array(scratch(name, size, torch.bool, owner.device)) for name in ("free", "spare")
-        )
+        if size != block.of(owner).numel():
+            size = block.of(owner).numel()
+            memory = scratch("scores", size, dtype, owner.device)
+            free, spare = (
+                array(scratch(name, size, torch.bool, owner.device)) for name in ("free", "spare")
+            )
         scores = candidate.scores(block, memory).view(-1)
         _check_finite(scores)
         owned = array(flat[block.start : block.start + size])
