@@ -16,7 +16,7 @@ from collections.abc import Callable
 import click
 import torch
 
-from mergekit_obim.kernels.blocks import blocks, scratch
+from mergekit_obim.kernels.blocks import blocks, one_thread, scratch
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
@@ -37,6 +37,7 @@ def median_time(work: Callable[[], object], device: torch.device, repeats: int) 
     return statistics.median(times[1:])
 
 
+@one_thread()
 def measure(rows: int, columns: int, experts: int, device: torch.device, repeats: int) -> dict:
     """Figures for one shape: seconds of a copy, and everything else in copies."""
     generator = torch.Generator(device).manual_seed(0)

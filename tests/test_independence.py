@@ -140,8 +140,33 @@ def test_threads(
     # mergekit's -j in a process of its own is in test_methods.
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    inside = []
+
+    def bracket(*arguments: Any) -> tuple[float, float]:
+        inside.append(torch.get_num_threads())
+        return found(*arguments)
+
+    found = selection._bracket
     try:
-        commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
+        with (
+            mock.patch.object(selection, "_bracket", bracket),
+            mock.patch.multiple(selection, _RUNS=1, _RUN_LENGTH=4),
+        ):
+            commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
+        assert torch.get_num_threads() == threads  # what else the process does keeps them
+    finally:
+        torch.set_num_threads(before)
+    assert set(inside) == {1}
+
+
+def test_threads_come_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with contextlib.suppress(ValueError), blocks.one_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError
+        assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
 

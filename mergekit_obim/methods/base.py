@@ -11,6 +11,7 @@ import torch
 from mergekit.merge_methods.base import TensorEntry, TensorGroup
 
 from mergekit_obim.errors import RecipeError, UnscorableError
+from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.scores import (
     Candidate,
     Criterion,
@@ -65,7 +66,8 @@ class ExpertMethod(PlannedMethod):
         # positions has none.
         entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
         try:
-            merged = self._merge(replace(group, entries=entries), **parameters)
+            with one_thread():
+                merged = self._merge(replace(group, entries=entries), **parameters)
         except UnscorableError as error:
             models = ", ".join(str(entry.id) for entry in group.non_base)
             raise UnscorableError(
