@@ -7,6 +7,7 @@ saliency is h, to be multiplied by δ²; a dense one is the scores themselves.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -253,8 +254,8 @@ class Objective:
     a: np.ndarray
     b: np.ndarray
 
-    def cost(self, c: np.ndarray) -> np.ndarray:
-        return (self.a * c - 2 * self.b) * c
+    def cost(self, c: np.ndarray, stretch: float = 1.0) -> np.ndarray:
+        return (self.a * c - self.b.dtype.type(2 * stretch) * self.b) * c
 
     def error(self, c: np.ndarray) -> np.ndarray:
         """The sum itself, constant included."""
@@ -278,9 +279,9 @@ def objective(
     return Objective(deltas, weights, a, b)
 
 
-def least_error_owners(objective: Objective) -> list[int]:
+def least_error_owners(objective: Objective, stretch: float = 1.0) -> list[int]:
     """The cheapest of 0 and every δ_k; the base first among equals, then the recipe's order."""
-    costs = [objective.cost(delta).tolist() for delta in objective.deltas]
+    costs = [objective.cost(delta, stretch).tolist() for delta in objective.deltas]
     owner = []
     for i in range(len(objective.a)):
         best, who = 0.0, BASE
@@ -300,14 +301,28 @@ def comparable(experts: Sequence[Expert]) -> list[Expert]:
 
 
 def least_error(
-    base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0
+    base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0, stretch: float = 1.0
 ) -> torch.Tensor:
     """obim with `assignment: least_error`, of one tensor."""
     present = comparable(experts)
     if not present:
         return base
-    owner = least_error_owners(objective(base, present))
+    owner = least_error_owners(objective(base, present), stretch)
     return merge_owned(base, [replace(e, weight=1.0) for e in present], owner, lambda_)
+
+
+def nearest(
+    base: torch.Tensor,
+    experts: Sequence[Expert],
+    *,
+    lambda_: float = 1.0,
+    stretch: float | None = None,
+) -> torch.Tensor:
+    """obim with `assignment: nearest`, of one tensor."""
+    weights = [e.weight for e in comparable(experts)]
+    if stretch is None:
+        stretch = sum(weights) / math.sqrt(sum(w * w for w in weights)) if any(weights) else 1.0
+    return least_error(base, experts, lambda_=lambda_, stretch=stretch)
 
 
 def regmean_diag(

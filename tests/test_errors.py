@@ -333,8 +333,13 @@ FAULTY: dict[str, tuple[Callable[[World], dict[str, Any]], list[str]]] = {
     ),
     "unknown assignment": (
         with_parameters(assignment="greedy"),
-        ["assignment", "'greedy'", "iterative, least_error"],
+        ["assignment", "'greedy'", "iterative, least_error, nearest"],
     ),
+    "stretch of another assignment": (
+        with_parameters(stretch=2.0),
+        ["tensor model.", "stretch", "assignment: nearest", "iterative"],
+    ),
+    "negative stretch": (with_parameters(stretch=-1.0), ["stretch", "-1.0 is negative"]),
     "seed is no number": (with_parameters(seed="lucky"), ["seed", "'lucky'"]),
     "misspelt for one model": (
         with_one(densty=0.5),

@@ -25,7 +25,7 @@ from kernel_inputs import (
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels import blocks, masked
 from mergekit_obim.kernels.consensus import merge_consensus
-from mergekit_obim.kernels.least_error import least_error_masks
+from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.obm_sign import merge_obm_sign
 from mergekit_obim.kernels.pcb import merge_pcb
@@ -94,14 +94,14 @@ def unchanged(merge: Callable[[], torch.Tensor], inputs: Merge) -> torch.Tensor:
 
 
 @SETTINGS
-@given(merge=merges(), cut=CUTS)
-def test_least_error_is_the_reference(merge: Merge, cut: Cut) -> None:
+@given(merge=merges(), cut=CUTS, stretch=st.sampled_from([1.0, 0.0, 3**0.5, 2.0, 7.3]))
+def test_least_error_is_the_reference(merge: Merge, cut: Cut, stretch: float) -> None:
     base, experts, _, lambda_ = merge
     without_negative_weights(experts)
     candidates, weights = candidates_of(base, experts), [e.weight for e in experts]
     with cut_into(*cut):
-        owner = unchanged(lambda: least_error_masks(candidates, weights), merge)
-    expected = reference.least_error_owners(reference.objective(base, experts))
+        owner = unchanged(lambda: least_error_masks(candidates, weights, stretch), merge)
+    expected = reference.least_error_owners(reference.objective(base, experts), stretch)
     assert [reference.BASE if k == FREE else k for k in owner.reshape(-1).tolist()] == expected
     merged = merge_owned(base, [e.tensor for e in experts], owner, [lambda_] * len(experts))
     alike = [Expert(e.tensor) for e in experts]
@@ -125,6 +125,32 @@ def test_least_error_chooses_as_float64_would_but_for_rounding(merge: Merge) -> 
         errors = [sum(a * (c - d) ** 2 for a, d in at) for c in (taken, better)]
         scale = sum(a * (abs(c) + abs(d)) ** 2 for c in (taken, better) for a, d in at)
         assert errors[0] - errors[1] <= (2 * len(experts) + 8) * precision * scale
+
+
+@pytest.mark.parametrize("stretch", [1.0, 1.7])
+def test_what_is_chosen_is_nearest_to_the_stretched_mean(stretch: float) -> None:
+    """Of 0 and every δ, to γ Σ w h δ / Σ w h; γ √K long makes up for what a mean loses."""
+    generator = torch.Generator().manual_seed(0)
+    deltas = torch.randn(4, 500, generator=generator, dtype=torch.float64)
+    h = torch.rand(4, 500, generator=generator, dtype=torch.float64) + 0.1
+    weights = [1.0, 2.0, 0.5, 1.0]
+    base = torch.zeros(500, dtype=torch.float64)
+    candidates = [Candidate(d, base, Saliency(x)) for d, x in zip(deltas, h, strict=True)]
+    owner = least_error_masks(candidates, weights, stretch).long()
+    counted = h * torch.tensor(weights, dtype=torch.float64)[:, None]
+    target = stretch * (counted * deltas).sum(0) / counted.sum(0)
+    values = torch.cat([deltas, base[None]])
+    nearest = (values - target).abs().argmin(0)
+    assert torch.equal(owner, torch.where(nearest == 4, FREE, nearest))
+
+
+def test_the_stretch_gives_a_mean_the_length_of_one() -> None:
+    """Of orthogonal vectors of one length, whatever the weights."""
+    vectors = torch.eye(3, dtype=torch.float64)
+    for weights in ([1.0, 1.0, 1.0], [1.0, 2.0, 0.5], [1.0, 0.0, 0.0]):
+        mean = sum(w * v for w, v in zip(weights, vectors, strict=True)) / sum(weights)
+        assert stretch_to_one(weights) * float(mean.norm()) == pytest.approx(1)
+    assert stretch_to_one([0.0, 0.0]) == 1
 
 
 @settings(SETTINGS, max_examples=60)

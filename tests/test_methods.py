@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -118,8 +119,10 @@ class Case:
     form: str = "factored"
 
     @property
-    def least_error(self) -> bool:
-        return self.shared.get("assignment") == "least_error"
+    def merged_by(self) -> str:
+        """The reference's function."""
+        assignment = self.shared.get("assignment", "iterative")
+        return self.method if assignment == "iterative" else assignment
 
 
 def expected_merge(family: Family, case: Case) -> Tensors:
@@ -135,10 +138,9 @@ def expected_merge(family: Family, case: Case) -> Tensors:
             case.tune(name, k, expert)
             experts.append(expert)
         settings = dict(case.reference)
-        if case.method == "obim" and not case.least_error:
+        if case.merged_by == "obim":
             settings["layer"] = reference.layer_index(name, family.layers)
-        method = "least_error" if case.least_error else case.method
-        merged = getattr(reference, method)(base, experts, **settings)
+        merged = getattr(reference, case.merged_by)(base, experts, **settings)
         expected[name] = merged.to(case.out_dtype or merged.dtype)
     return expected
 
@@ -201,6 +203,7 @@ def balanced(name: str, k: int, expert: Expert) -> None:
 
 
 LEAST = {"assignment": "least_error"}
+NEAREST = {"assignment": "nearest"}
 WEIGHED = [{}, {"weight": 0.5}, {"weight": 2.0}]
 SCALED = [
     {"density": 0.5},
@@ -257,6 +260,17 @@ CASES = {
     "least error, bfloat16": Case(
         WEIGHED, LEAST, tune=weighed, top={"dtype": "bfloat16"}, dtype=torch.bfloat16
     ),
+    "nearest": Case(shared=NEAREST),
+    "nearest, by default the root of three": Case(
+        shared=NEAREST, reference={"stretch": math.sqrt(3)}
+    ),
+    "nearest, weighed": Case(
+        WEIGHED, {**NEAREST, "lambda": 0.7}, tune=weighed, reference={"lambda_": 0.7}
+    ),
+    "nearest, stretched": Case(
+        shared={**NEAREST, "stretch": 3.0}, reference={"stretch": 3.0}, form="dense"
+    ),
+    "nearest, a norm left out": Case(shared={**NEAREST, "unscored": "base"}, tune=norms_barred),
     "least error by magnitude": Case(
         shared={**LEAST, "criterion": "magnitude"}, tune=by_magnitude, form="none"
     ),

@@ -1,13 +1,18 @@
-"""An exclusive assignment that needs neither an order nor densities.
+"""Exclusive assignments that need neither an order nor densities.
 
 Under mutual exclusion (equation 7) a position can take 0, which leaves it to the base, or
 one expert's δ_k. What all experts together lose by that separates by position
 (``kernels.objective``), so the best of these K + 1 values can be chosen at each by itself:
 the h-weighted medoid of the task vectors and 0. This is not in the paper.
+
+Σ_k w_k h_k (c − δ_k)² is least at the h-weighted mean of the δ_k, and the medoid is the
+value nearest to it. A mean of vectors that differ is shorter than each of them, so the same
+is done with a mean that is stretched by γ: (c − γ δ_k)² in the place of (c − δ_k)².
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -19,16 +24,28 @@ from mergekit_obim.kernels.objective import objective
 from mergekit_obim.kernels.scores import Candidate, working_dtype
 
 
-def least_error_masks(candidates: Sequence[Candidate], weights: Sequence[float]) -> torch.Tensor:
+def stretch_to_one(weights: Sequence[float]) -> float:
+    """γ = Σ w_k / √(Σ w_k²); √K where all weights are alike, 1 where all are 0.
+
+    The weighted mean of K uncorrelated vectors of one length is shorter by this factor.
+    """
+    length = math.hypot(*weights)
+    return sum(weights) / length if length else 1.0
+
+
+def least_error_masks(
+    candidates: Sequence[Candidate], weights: Sequence[float], stretch: float = 1.0
+) -> torch.Tensor:
     """The masks m_k of equation 7 that minimise the experts' summed error, as a map of owners.
 
-    At each position argmin over c in {0, δ_1 … δ_K} of Σ_k w_k h_k (c − δ_k)². Of values
+    At each position argmin over c in {0, δ_1 … δ_K} of Σ_k w_k h_k (c − γ δ_k)². Of values
     that cost the same, 0 comes first, and then the expert that is listed first. Costs are
-    compared as c·(A·c − 2B), in the working dtype.
+    compared as c·(A·c − 2γB), in the working dtype.
 
     Args:
         candidates: The K experts' tensors, at most 254; their criterion says what h is.
         weights: w_k, not negative.
+        stretch: γ.
 
     Returns:
         uint8, of the tensors' shape: the index of the expert whose value the position
@@ -41,7 +58,7 @@ def least_error_masks(candidates: Sequence[Candidate], weights: Sequence[float])
     dtype, xp = working_dtype(candidates[0].base.dtype), namespace(owner.device)
     for block in blocks(owner.shape, owner.device):
         curvature, pull, deltas = objective(block, candidates, weights)
-        pull *= 2
+        pull *= 2 * stretch
         owned = block.of(owner)
         cost, least = (
             array(scratch(name, owned.numel(), dtype, owner.device).view(owned.shape))

@@ -10,7 +10,7 @@ from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.exclusive import exclusive_masks
-from mergekit_obim.kernels.least_error import least_error_masks
+from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.layers import rotate
 from mergekit_obim.methods.base import (
@@ -44,7 +44,12 @@ class Obim(ExpertMethod):
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
     ) -> None:
         """Refuse densities that sum to over 1, or negative weights of what is minimised."""
-        if parameters["assignment"] == "least_error":
+        if parameters["stretch"] is not None and parameters["assignment"] != "nearest":
+            raise RecipeError(
+                f"tensor {output}: stretch is a parameter of assignment: nearest, and this is "
+                f"{parameters['assignment']}; leave it out or change the assignment"
+            )
+        if parameters["assignment"] != "iterative":
             check_objective_weights(output, inputs)
             return
         densities = [i.parameters["density"] for i in inputs]
@@ -59,13 +64,13 @@ class Obim(ExpertMethod):
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
         """What becomes of a tensor without saliency."""
-        if parameters["assignment"] != "least_error":
+        if parameters["assignment"] == "iterative":
             return super().fallback(kind, parameters)
         return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
-        if parameters["assignment"] == "least_error":
-            return self._merge_least_error(group, parameters)
+        if parameters["assignment"] != "iterative":
+            return self._merge_by_objective(group, parameters)
         candidates, densities = candidates_of(group, parameters)
         order: Sequence[int] = range(len(candidates))
         if parameters["order"] == "rotation":
@@ -74,12 +79,18 @@ class Obim(ExpertMethod):
         scales = [w * parameters["lambda"] for w in values_of(group, parameters, "weight")]
         return merge_owned(base_of(group), experts_of(group), owner, scales)
 
-    def _merge_least_error(self, group: TensorGroup, parameters: Mapping[str, Any]) -> torch.Tensor:
+    def _merge_by_objective(
+        self, group: TensorGroup, parameters: Mapping[str, Any]
+    ) -> torch.Tensor:
         # The weights are the objective's w_k here, so λ alone scales what is chosen.
         candidates, weights = objective_of(group, parameters)
         if not candidates:
             return base_of(group).clone()
-        owner = least_error_masks(candidates, weights)
+        stretch = 1.0
+        if parameters["assignment"] == "nearest":
+            asked = parameters["stretch"]
+            stretch = stretch_to_one(weights) if asked is None else asked
+        owner = least_error_masks(candidates, weights, stretch)
         scales = [parameters["lambda"]] * len(candidates)
         return merge_owned(base_of(group), [c.expert for c in candidates], owner, scales)
 
@@ -100,7 +111,8 @@ OBIM = Obim(
             str,
             "iterative",
             "How positions are given to experts",
-            ("iterative", "least_error"),
+            ("iterative", "least_error", "nearest"),
         ),
+        shared("stretch", float | None, None, "Of nearest: times the experts' mean; √K"),
     )
 )

@@ -19,6 +19,7 @@ from mergekit_obim.errors import RecipeError
 
 # Filled in by the planners; not for recipes.
 PLANNED = ("tensor_name", "vocabulary_rows", "layer")
+NOT_NEGATIVE = ("mask_threshold", "min_agreement", "stretch")
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Parameter(ParameterSpec):
                 f"parameter density: {value} lies outside 0…1; it is the share of each tensor's "
                 "positions that the expert may claim"
             )
-        if self.name in ("mask_threshold", "min_agreement") and value < 0:
+        if self.name in NOT_NEGATIVE and value is not None and value < 0:
             raise RecipeError(f"parameter {self.name}: {value} is negative")
         if isinstance(value, float) and not math.isfinite(value):
             raise RecipeError(f"parameter {self.name}: {value} is not a finite number")
