@@ -9,12 +9,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv test test-large lint types demo bench build clean
+.PHONY: help venv test test-large lint types demo bench evidence build clean
 
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
 	@echo "make test   run the tests"
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (20 minutes)"
+	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (25 minutes)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
 	@echo "make lint   ruff's checks and format; make types: mypy --strict"
 	@echo "make build  an sdist and a wheel in dist/"
@@ -53,6 +54,10 @@ demo: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.bench --write
+
+# Whole headline: make evidence EVIDENCE_ARGS="--seed 1 --seed 2 --table models --table methods"
+evidence: $(STAMP)
+	$(BIN)/python -m benchmarks.evidence $(EVIDENCE_ARGS)
 
 build: $(STAMP)
 	$(BIN)/python -m build

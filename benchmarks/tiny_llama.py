@@ -7,7 +7,7 @@ Genuine Hugging Face models: ``save`` writes a folder that ``AutoModelForCausalL
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,7 +102,11 @@ def stream(documents: Iterable[str]) -> Tensor:
 
 
 def train(
-    model: LlamaForCausalLM, streams: Sequence[Tensor], training: Training, label: str
+    model: LlamaForCausalLM,
+    streams: Sequence[Tensor],
+    training: Training,
+    label: str,
+    after_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train in place on random windows, as many from each stream in every batch.
 
@@ -111,6 +115,7 @@ def train(
         streams: One or more token streams, each int16 of shape [tokens].
         training: The run's settings; its seed decides which windows are seen.
         label: What the progress bar calls the run.
+        after_step: Called with the number of steps done, after each.
     """
     generator = torch.Generator().manual_seed(training.seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -138,6 +143,7 @@ def train(
         optimizer.step()
         if step % 10 == 0:
             progress.set_postfix(loss=f"{loss.item():.3f}")
+        after_step(step + 1)
     model.eval()
 
 

@@ -1,0 +1,338 @@
+"""One seed's models, merges and scores: trained, merged and measured once, then kept.
+
+Scores are held-out losses, answers that are right, and *recovery*: of what an expert gained
+over the base on its own task, the share that the merge kept,
+(base − merged) / (base − expert), in losses.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import LlamaForCausalLM
+
+from benchmarks import corpus as corpus_module
+from benchmarks import tiny_llama
+from benchmarks.corpus import load_corpus
+from benchmarks.demo import digest, load, make, side_by_side
+from benchmarks.evidence import lines
+from benchmarks.tiny_llama import BOS, PAD, Size, Training, held_out_loss, save, stream
+
+TRIO = ("prose", "math", "code")  # the paper's three: language, mathematics, code
+TASKS = (*TRIO, *lines.GENERATORS)
+# One run of continued pre-training on what forgets the rest, and its last checkpoints.
+CONTINUED_ON = "code"
+CONTINUED = "continued"
+CHECKPOINTS = ("continued 1/2", "continued 3/4", "continued 1/1")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is trained and looked at."""
+
+    size: Size
+    train_chars: int  # of text per task
+    base: Training
+    expert: Training
+    continued: Training
+    samples: int  # of calibration, for each expert
+    windows: int  # of each task's held-out text
+    questions: int
+
+
+SCALES = {
+    "small": Scale(  # 2.7M parameters
+        size=Size(hidden=192, layers=6, heads=6, intermediate=512),
+        train_chars=600_000,
+        base=Training(steps=700, learning_rate=2e-3, final_rate=1.0),
+        expert=Training(steps=200, learning_rate=1e-4, seed=1),
+        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,  # the paper's
+        windows=48,
+        questions=200,
+    ),
+    "large": Scale(  # 57M parameters, for a GPU
+        size=Size(hidden=768, layers=8, heads=12, intermediate=2048),
+        train_chars=2_000_000,
+        base=Training(steps=3000, learning_rate=6e-4, batch_size=48, context=256, warmup=200,
+                      final_rate=1.0),
+        expert=Training(steps=400, learning_rate=3e-5, batch_size=32, context=256, seed=1),
+        continued=Training(steps=400, learning_rate=3e-4, batch_size=32, context=256,
+                           final_rate=1.0, seed=2),
+        samples=100,
+        windows=256,
+        questions=500,
+    ),
+    "smoke": Scale(
+        size=Size(hidden=32, layers=2, heads=2, intermediate=64),
+        train_chars=10_000,
+        base=Training(steps=20, learning_rate=5e-3, warmup=2),
+        expert=Training(steps=10, learning_rate=5e-4, warmup=2, seed=1),
+        continued=Training(steps=8, learning_rate=5e-4, warmup=2, seed=2),
+        samples=5,
+        windows=4,
+        questions=10,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A merge to score.
+
+    Attributes:
+        method: mergekit's name.
+        shared: Its shared parameters.
+        each: Parameters of every expert.
+        by_expert: Parameters of single experts, on top.
+        experts: What is merged, in the recipe's order: tasks, or checkpoints.
+        calibration: What an expert is calibrated on, where not on its own task's text.
+    """
+
+    method: str
+    shared: Mapping[str, Any] = field(default_factory=dict)
+    each: Mapping[str, Any] = field(default_factory=dict)
+    by_expert: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    experts: tuple[str, ...] = TRIO
+    calibration: Mapping[str, Any] = field(default_factory=dict)
+
+    def needs_saliency(self) -> bool:
+        """Whether the method reads saliency files under these settings."""
+        return self.method in SALIENCY_METHODS and "criterion" not in self.shared
+
+    def settings(self) -> dict[str, Any]:
+        """All parameters, for a table."""
+        return {**self.shared, **self.each, **self.by_expert}
+
+
+SALIENCY_METHODS = ("obim", "ties_obm", "regmean_diag", "obm_sign")
+Scores = dict[str, dict[str, float]]  # "loss" and "accuracy" -> task -> value
+
+
+class Lab:
+    """One seed's models, merges and scores, in a folder; all are made when asked for."""
+
+    def __init__(self, scale: Scale, seed: int, folder: Path, device: str = "cpu"):
+        self.scale, self.seed, self.folder = scale, seed, folder.resolve()
+        self.device = device
+        self.corpus = load_corpus(scale.train_chars)
+        lines.add_lines(self.corpus, scale.train_chars)
+        self.streams = {task: stream(self.corpus[task]["train"]) for task in TASKS}
+        code = [Path(str(m.__file__)) for m in (corpus_module, lines, tiny_llama)]
+        self.key = digest(*code, torch.__version__, device, self._settings(("size", "train_chars")))
+        self.trained: set[str] = set()  # what was looked for already
+        self.scores_path = self.folder / "scores.json"
+        self.known: dict[str, Scores] = (
+            json.loads(self.scores_path.read_text()) if self.scores_path.exists() else {}
+        )
+
+    # --- models -----------------------------------------------------------------------
+
+    def models(self, *names: str) -> list[Path]:
+        """The folders of the base, of tasks' experts or of checkpoints; trained if missing."""
+        runs = {CONTINUED if name in CHECKPOINTS else name for name in names}
+        fits = {BASE: self._train_base, CONTINUED: self._train_continued}
+
+        def train(name: str) -> None:
+            fit = fits.get(name, self._train_expert)
+            make(self._place(name), self.model_key(name), lambda out: fit(out, name))
+            self.trained.add(name)
+
+        if BASE not in self.trained:
+            train(BASE)
+        side_by_side(train, sorted(runs - self.trained))
+        return [self._place(name) for name in names]
+
+    def _place(self, name: str) -> Path:
+        return self.folder / "models" / name.replace("/", " of ").replace(" ", "-")
+
+    def model_key(self, name: str) -> str:
+        """What tells a trained model from one of other settings."""
+        used = ("base",) if name == BASE else ("base", "expert")
+        if name in (CONTINUED, *CHECKPOINTS):
+            used = ("base", "continued")
+        return digest(self.key, self.seed, self._settings(used))
+
+    def _settings(self, names: Sequence[str]) -> list[Any]:
+        every = asdict(self.scale)
+        return [every[name] for name in names]
+
+    def _train_base(self, out: Path, _: str) -> None:
+        model = self.scale.size.build(self.seed).to(self.device)
+        settings = Training(**{**asdict(self.scale.base), "seed": self.seed})
+        tiny_llama.train(model, list(self.streams.values()), settings, BASE)
+        save(model, out)
+
+    def _train_expert(self, out: Path, task: str) -> None:
+        model = load(self._place(BASE)).to(self.device)
+        settings = Training(**{**asdict(self.scale.expert), "seed": 1000 + self.seed})
+        tiny_llama.train(model, [self.streams[task]], settings, task)
+        save(model, out)
+
+    def _train_continued(self, out: Path, _: str) -> None:
+        model = load(self._place(BASE)).to(self.device)
+        settings = Training(**{**asdict(self.scale.continued), "seed": 2000 + self.seed})
+        wanted = {round(settings.steps * _share(name)): name for name in CHECKPOINTS}
+
+        def keep(step: int) -> None:
+            if step in wanted:
+                save(model, self._place(wanted[step]))
+
+        tiny_llama.train(model, [self.streams[CONTINUED_ON]], settings, CONTINUED, keep)
+        out.mkdir()
+
+    # --- merges -----------------------------------------------------------------------
+
+    def score(self, merge: Merge, tasks: Sequence[str] = (), split: str = "test") -> Scores:
+        """Scores of a merge by the real commands; on its experts' tasks unless others are named."""
+        tasks = tuple(tasks or merge.experts)
+        keys = [self.model_key(expert) for expert in merge.experts]
+        measured = self._settings(("samples", "windows", "questions"))
+        name = digest(keys, asdict(merge), measured, split, tasks)
+        if name not in self.known:
+            out = self.folder / "merged" / name
+            self._merge(merge, out)
+            self.known[name] = self.measure(out, tasks, split)
+            shutil.rmtree(out)
+            self._save()
+        return self.known[name]
+
+    def score_model(self, model: str, tasks: Sequence[str] = (), split: str = "test") -> Scores:
+        """Scores of a trained model; of an expert on its own task unless others are named."""
+        tasks = tuple(tasks or (model,))
+        measured = self._settings(("windows", "questions"))
+        name = digest(self.model_key(model), model, measured, split, tasks)
+        if name not in self.known:
+            self.known[name] = self.measure(*self.models(model), tasks, split)
+            self._save()
+        return self.known[name]
+
+    def recovery(self, merge: Merge, split: str = "test") -> dict[str, float]:
+        """(base − merged) / (base − expert) per task, in held-out loss."""
+        merged = self.score(merge, split=split)["loss"]
+        return {task: self._recovered(task, merged[task], split) for task in merge.experts}
+
+    def _recovered(self, task: str, loss: float, split: str) -> float:
+        base = self.score_model(BASE, (task,), split)["loss"][task]
+        return (base - loss) / (base - self.score_model(task, split=split)["loss"][task])
+
+    def measure(self, folder: Path, tasks: Sequence[str], split: str) -> Scores:
+        """Held-out loss in nats per byte, and the share of questions answered rightly."""
+        scale, losses, right = self.scale, {}, {}
+        model = load(folder).to(self.device)
+        for task in tasks:
+            text = self.corpus[task][split]
+            losses[task] = held_out_loss(
+                model, stream(text), scale.windows, context=scale.expert.context
+            )
+            if task == "math":
+                asked = lines.math_questions(text)[: scale.questions]
+            elif task in lines.GENERATORS:
+                endless = lines.questions(task, split)
+                asked = [next(endless) for _ in range(scale.questions)]
+            else:
+                continue
+            if split == "test":
+                right[task] = accuracy(model, asked)
+        return {"loss": losses, "accuracy": right}
+
+    def data(self, task: str) -> str:
+        """The path of a task's training text, as calibration data."""
+        path = self.folder / f"data/{task}.jsonl"
+        if not path.exists():
+            rows = (json.dumps({"text": text}) + "\n" for text in self.corpus[task]["train"])
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(rows))
+        return str(path)
+
+    def _merge(self, merge: Merge, out: Path) -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        calibrations = [merge.calibration.get(expert) or self.data(expert)
+                        for expert in merge.experts]  # fmt: skip
+        models = [
+            {
+                "model": str(folder),
+                "parameters": {**merge.each, **merge.by_expert.get(expert, {})},
+                "calibration": calibration,
+            }
+            for expert, folder, calibration in zip(
+                merge.experts, self.models(*merge.experts), calibrations, strict=True
+            )
+        ]
+        recipe: dict[str, Any] = {
+            "merge_method": merge.method,
+            "base_model": str(*self.models(BASE)),
+            "models": models,
+            "parameters": dict(merge.shared),
+            "calibration": {
+                "samples": self.scale.samples, "max_length": self.scale.expert.context,
+            },
+            "dtype": "float32",
+        }  # fmt: skip
+        if merge.needs_saliency():
+            # One folder for each way of calibrating an expert, shared by all merges.
+            for model, expert in zip(models, merge.experts, strict=True):
+                way = (self.model_key(expert), expert, model["calibration"], self.scale.samples)
+                files = self.folder / "saliency" / digest(*way)
+                model["parameters"]["saliency"] = str(files)
+                if not files.exists():
+                    only = {**recipe, "models": [model]}
+                    command("obim-saliency", _write(files.with_suffix(".yml"), only), files)
+        path = _write(out.with_suffix(".yml"), recipe)
+        command("mergekit-yaml", path, out, "--no-copy-tokenizer", "--no-write-model-card")
+        path.unlink()
+
+    def _save(self) -> None:
+        part = self.scores_path.with_suffix(".part")
+        part.write_text(json.dumps(self.known))
+        part.replace(self.scores_path)
+
+
+def _share(checkpoint: str) -> float:
+    over, under = checkpoint.split()[1].split("/")
+    return int(over) / int(under)
+
+
+def _write(path: Path, recipe: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(json.loads(json.dumps(recipe)), sort_keys=False))
+    return path
+
+
+def command(name: str, *arguments: object) -> None:
+    """Run a command's own entry point in this process: starting one takes longer than merging."""
+    from mergekit.io.tasks import LoaderCache
+    from mergekit.scripts import run_yaml
+
+    from mergekit_obim import cli
+
+    LoaderCache().loaders.clear()
+    entry = {"obim-saliency": cli.main, "mergekit-yaml": run_yaml.main}[name]
+    entry.main([*map(str, arguments), "--quiet"], name, standalone_mode=False)
+
+
+@torch.no_grad()
+def accuracy(model: LlamaForCausalLM, questions: Sequence[tuple[str, str]]) -> float:
+    """The share of questions that greedy decoding answers, to the byte and the line's end."""
+    right = 0
+    for start in range(0, len(questions), 50):
+        batch = questions[start : start + 50]
+        texts = [f"{prompt}{answer}\n".encode() for prompt, answer in batch]
+        width = max(map(len, texts)) + 1
+        rows = [[BOS, *text, *[PAD] * (width - 1 - len(text))] for text in texts]
+        ids = torch.tensor(rows)
+        logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+        guesses = logits.argmax(-1).cpu()
+        for (prompt, answer), row, guess in zip(batch, ids, guesses, strict=True):
+            first, last = len(prompt.encode()), len(f"{prompt}{answer}\n".encode())
+            # All right with the right answer before them is all right by greedy decoding.
+            right += bool(torch.equal(guess[first:last], row[first + 1 : last + 1]))
+    return right / len(questions)

@@ -1,0 +1,175 @@
+"""The figures of docs/evidence.json as the tables and plots of docs/evidence.md.
+
+In the page's text a table stands between ``<!-- table: small/methods -->`` and
+``<!-- end -->``; what is between is replaced.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student
+
+DOCS = Path(__file__).resolve().parents[2] / "docs"
+Seeds = dict[str, Any]  # seed -> a table's figures
+_BLOCK = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def read(docs: Path) -> dict[str, Any]:
+    """All figures: scale -> table -> seed -> {"figures", "made"}."""
+    path = docs / "evidence.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write(docs: Path, kept: dict[str, Any]) -> None:
+    """Keep the figures, and put them into the page and its plots, where there is a page."""
+    docs.mkdir(parents=True, exist_ok=True)
+    part = docs / "evidence.json.part"
+    part.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    part.replace(docs / "evidence.json")
+    path = docs / "evidence.md"
+    if path.exists():
+        path.write_text(render(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+
+
+def render(text: str, kept: dict[str, Any]) -> str:
+    """The page's text with every table made anew from the figures."""
+
+    def table(match: re.Match[str]) -> str:
+        begin, scale, name, end = match.groups()
+        seeds = kept.get(scale, {}).get(name, {})
+        if not seeds:
+            return f"{begin}*Not run yet.*\n{end}"
+        figures = {seed: seeds[seed]["figures"] for seed in sorted(seeds, key=int)}
+        made = seeds[max(seeds, key=int)]["made"]
+        where = [f"seeds {', '.join(figures)}", *(f"{key} {value}" for key, value in made.items())]
+        return "\n".join([begin.rstrip(), *FORMS[name](figures), "", f"*{'; '.join(where)}*", end])
+
+    return _BLOCK.sub(table, text)
+
+
+def interval(values: Sequence[float]) -> float:
+    """Half the width of the 95 % confidence interval of a mean, by Student's t; NaN for one."""
+    if len(values) < 2:
+        return math.nan
+    quantile = float(student.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def summary(values: Sequence[float]) -> str:
+    """A mean over seeds and its interval."""
+    middle = f"{statistics.fmean(values):.3f}"
+    return middle if len(values) < 2 else f"{middle} ± {interval(values):.3f}"
+
+
+def mean(recovery: Mapping[str, float]) -> float:
+    """The mean over tasks."""
+    return statistics.fmean(recovery.values())
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "–"
+
+
+def _models(seeds: Seeds) -> list[str]:
+    tasks = list(next(iter(seeds.values()))["experts"])
+
+    def row(name: str, losses: Callable[[Any, str], float]) -> list[str]:
+        return [name, *(summary([losses(one, task) for one in seeds.values()]) for task in tasks)]
+
+    rows = [
+        row("base", lambda one, task: one["base"]["loss"][task]),
+        row("the task's own expert", lambda one, task: one["experts"][task]["loss"][task]),
+        row("Task Arithmetic, weight 1/K", lambda one, task: one["average"]["loss"][task]),
+    ]
+    held = sum(one["guard"] for one in seeds.values())
+    guard = f"The even average beats the base on every task with {held} of {len(seeds)} seeds."
+    return [*_table(["model", *tasks], rows), "", guard]
+
+
+def _methods(seeds: Seeds) -> list[str]:
+    first = next(iter(seeds.values()))
+    tasks = list(next(iter(first.values()))["default"]["recovery"])
+    rows = []
+    for name in first:
+        for kind in ("default", "best"):
+            found = [one[name][kind] for one in seeds.values()]
+            each = [summary([one["recovery"][task] for one in found]) for task in tasks]
+            exact = summary([one["accuracy"]["math"] for one in found])
+            chosen = {_settings(one["settings"]): None for one in found}
+            how = "; ".join(chosen) if len(chosen) < 3 else "differs by seed"
+            total = summary([mean(one["recovery"]) for one in found])
+            rows.append([name, kind, f"**{total}**", *each, exact, how])
+    return _table(["method", "setting", "mean", *tasks, "sums right", "settings"], rows)
+
+
+def _recoveries(what: str) -> Callable[[Seeds], list[str]]:
+    """Rows of recoveries, per task and in the mean."""
+
+    def form(seeds: Seeds) -> list[str]:
+        first = next(iter(seeds.values()))
+        tasks = list(dict.fromkeys(task for row in first.values() for task in row))
+        rows = []
+        for name in first:
+            found = [one[name] for one in seeds.values()]
+            each = [summary([one[task] for one in found]) for task in tasks]
+            rows.append([name, f"**{summary([mean(one) for one in found])}**", *each])
+        return _table([what, "mean", *tasks], rows)
+
+    return form
+
+
+def _crossed(across: str) -> Callable[[Seeds], list[str]]:
+    """A row for each way, a column for each value: mean recoveries."""
+
+    def form(seeds: Seeds) -> list[str]:
+        first = next(iter(seeds.values()))
+        values = list(next(iter(first.values())))
+        rows = [
+            [way, *(summary([mean(one[way][value]) for one in seeds.values()]) for value in values)]
+            for way in first
+        ]
+        return _table([across, *values], rows)
+
+    return form
+
+
+def _count(seeds: Seeds) -> list[str]:
+    turned = {
+        seed: {way: {count: row[way] for count, row in one.items()} for way in one["2"]}
+        for seed, one in seeds.items()
+    }
+    return _crossed("experts")(turned)
+
+
+def _forgetting(seeds: Seeds) -> list[str]:
+    first = next(iter(seeds.values()))
+    tasks = list(next(iter(first.values())))
+    rows = []
+    for name in first:
+        found = [one[name] for one in seeds.values()]
+        total = summary([mean(one) for one in found])
+        rows.append([name, f"**{total}**", *(summary([one[t] for one in found]) for t in tasks)])
+    return _table(["model", "mean loss", *tasks], rows)
+
+
+FORMS: dict[str, Callable[[Seeds], list[str]]] = {
+    "models": _models,
+    "methods": _methods,
+    "density": _crossed("density"),
+    "source": _crossed("math is calibrated on"),
+    "samples": _crossed("samples"),
+    "order": _recoveries("order"),
+    "count": _count,
+    "forgetting": _forgetting,
+}
