@@ -24,7 +24,7 @@ import click
 import torch
 import transformers
 
-from benchmarks.evidence import page
+from benchmarks.evidence import page, plots
 from benchmarks.evidence.lab import SCALES, Lab
 from benchmarks.evidence.tables import TABLES
 
@@ -56,6 +56,7 @@ def main(
             kept = page.read(docs)
             kept.setdefault(scale, {}).setdefault(name, {})[str(seed)] = table
             page.write(docs, kept)
+            plots.draw(docs, kept)
             print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
