@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.demo import load
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import lab as lab_module
-from benchmarks.evidence import page
+from benchmarks.evidence import page, plots
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, SCALES, TASKS, TRIO, Lab, Merge, accuracy
 from benchmarks.evidence.tables import TABLES, methods
 from benchmarks.tiny_llama import held_out_loss, stream
@@ -63,6 +63,19 @@ def test_every_table_is_filled_by_the_real_commands_and_shown(cache: Path) -> No
     assert list(rows) == list(methods())
     for name, row in rows.items():
         assert f"| {name} | default | **{page.mean(row['default']['recovery']):.3f}** |" in shown
+
+
+def test_plots_show_the_figures_and_are_the_same_again(cache: Path, tmp_path: Path) -> None:
+    kept = {"smoke": run(cache, "--table", "density", "--table", "count", "--table", "methods")}
+    drawn = plots.draw(cache / "docs", kept)
+    assert [path.name for path in drawn] == [f"smoke-{name}.svg" for name in plots.PLOTS]
+    first = [path.read_bytes() for path in drawn]
+    assert [path.read_bytes() for path in plots.draw(cache / "docs", kept)] == first
+    kept["smoke"]["density"]["0"]["figures"]["random"]["0.1"]["math"] += 1
+    (cache / "docs/evidence").rename(tmp_path / "kept")
+    changed = [path.read_bytes() == old for path, old in
+               zip(plots.draw(cache / "docs", kept), first, strict=True)]  # fmt: skip
+    assert changed == [True, False, True]
 
 
 def test_what_was_made_is_found_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ import click
 import torch
 import transformers
 
-from benchmarks.evidence import page
+from benchmarks.evidence import page, plots
 from benchmarks.evidence.lab import SCALES, Lab
 from benchmarks.evidence.tables import TABLES
 
@@ -48,23 +48,27 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for seed in seeds:
-        start = time.perf_counter()
+        start, made = time.perf_counter(), _made(device)
         lab = Lab(SCALES[scale], seed, cache / scale / f"seed{seed}", device)
         for name in names or TABLES:
-            table = {"figures": TABLES[name](lab), "made": _made(device)}
+            table = {"figures": TABLES[name](lab), "made": made}
             # Read anew: other seeds may be running beside this one.
             kept = page.read(docs)
             kept.setdefault(scale, {}).setdefault(name, {})[str(seed)] = table
             page.write(docs, kept)
+            plots.draw(docs, kept)
             print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 def _made(device: str) -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
-    )
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
+        return result.stdout.strip()
+
+    # What this writes itself makes no other commit of the code.
+    changed = git("status", "--porcelain", "--", ":(top,exclude)docs/evidence*")
     return {
-        "commit": commit.stdout.strip(),
+        "commit": git("rev-parse", "--short", "HEAD") + ("-dirty" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(device) if device != "cpu" else "cpu",
         "python": platform.python_version(),

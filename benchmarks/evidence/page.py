@@ -43,15 +43,20 @@ def render(text: str, kept: dict[str, Any]) -> str:
 
     def table(match: re.Match[str]) -> str:
         begin, scale, name, end = match.groups()
-        seeds = kept.get(scale, {}).get(name, {})
-        if not seeds:
+        figures = figures_of(kept, scale, name)
+        if not figures:
             return f"{begin}*Not run yet.*\n{end}"
-        figures = {seed: seeds[seed]["figures"] for seed in sorted(seeds, key=int)}
-        made = seeds[max(seeds, key=int)]["made"]
+        made = kept[scale][name][max(figures, key=int)]["made"]
         where = [f"seeds {', '.join(figures)}", *(f"{key} {value}" for key, value in made.items())]
         return "\n".join([begin.rstrip(), *FORMS[name](figures), "", f"*{'; '.join(where)}*", end])
 
     return _BLOCK.sub(table, text)
+
+
+def figures_of(kept: Mapping[str, Any], scale: str, table: str) -> Seeds:
+    """One table's figures by seed, in the seeds' order."""
+    seeds = kept.get(scale, {}).get(table, {})
+    return {seed: seeds[seed]["figures"] for seed in sorted(seeds, key=int)}
 
 
 def interval(values: Sequence[float]) -> float:
@@ -144,12 +149,16 @@ def _crossed(across: str) -> Callable[[Seeds], list[str]]:
     return form
 
 
-def _count(seeds: Seeds) -> list[str]:
-    turned = {
+def by_way(seeds: Seeds) -> Seeds:
+    """Figures that are listed by number of experts first, listed by method first."""
+    return {
         seed: {way: {count: row[way] for count, row in one.items()} for way in one["2"]}
         for seed, one in seeds.items()
     }
-    return _crossed("experts")(turned)
+
+
+def _count(seeds: Seeds) -> list[str]:
+    return _crossed("experts")(by_way(seeds))
 
 
 def _forgetting(seeds: Seeds) -> list[str]:
