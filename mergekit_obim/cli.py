@@ -143,10 +143,13 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_obim.calibration.run import RunOptions, measure, prepare_expert
+    from mergekit_obim.calibration.options import RunOptions
+    from mergekit_obim.calibration.run import measure, prepare_expert
 
-    # transformers shows a bar of its own for every model it loads.
+    # transformers shows a bar of its own for every model it loads; accelerate warns that
+    # offloaded weights are offloaded.
     disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
     if options["device"] is None:
         found = torch.accelerator.current_accelerator()
         options["device"] = str(found) if found else "cpu"

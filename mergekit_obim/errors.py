@@ -57,3 +57,9 @@ class UnscorableError(ObimError, ArithmeticError):
 def one_line(error: BaseException) -> str:
     """Another library's message on one line, for ours to quote; its kind if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def quoted(error: BaseException) -> str:
+    """The same, cut where it is long."""
+    text = one_line(error)
+    return text if len(text) <= 300 else text[:297] + "…"
