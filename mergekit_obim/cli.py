@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -63,21 +64,24 @@ class BatchSize(ParamType):
 
 
 class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``."""
+    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
 
     name = "device=size"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, str]:
+    ) -> tuple[int | str, int | str]:
         if isinstance(value, tuple):
             return value
-        device, equals, size = str(value).partition("=")
-        if not (device and equals and size):
+        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
+        if found is None:
             self.fail(
                 f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
             )
-        return (int(device) if device.isdecimal() else device), size
+        device, size = found.groups()
+        return int(device) if device.isdecimal() else device, (
+            int(size) if size.isdecimal() else size
+        )
 
 
 @click.command("obim-saliency", cls=GroupedHelp)

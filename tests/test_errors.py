@@ -763,14 +763,6 @@ def test_model_that_does_not_fit(
     assert ("activations" in message) == (where == "forward")
 
 
-def test_offloaded_weights_are_not_measured(
-    world: World, refuse_prepass: Callable[..., str]
-) -> None:
-    arguments = ("--device-map", "auto", "--max-memory", "cpu=20KiB")
-    message = refuse_prepass(world.recipe(), *arguments)
-    says(message, f"model {world.math}", "cannot be measured yet", "--max-memory")
-
-
 def test_output_folder_that_cannot_be(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     recipe = commands.write_recipe(tmp_path, world.recipe())

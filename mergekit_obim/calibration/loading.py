@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -67,16 +68,23 @@ def loaded(
                 raise does_not_fit(label, options, "it does") from error
             raise CalibrationError(f"model {label}: cannot be loaded: {quoted(error)}") from error
         if any(parameter.is_meta for parameter in model.parameters()):
-            raise DeviceMemoryError(
-                f"model {label}: --device-map {options.device_map} leaves weights on the CPU or "
-                "the disk, where they cannot be measured yet: raise --max-memory, use --dtype "
-                "bfloat16, or run it whole with --device cpu"
-            )
+            _give_freed_memory_back()
         if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
             _without_grouped_mm(model)
         yield cast("PreTrainedModel", model.eval())
     finally:
         shutil.rmtree(offload_folder, ignore_errors=True)
+
+
+def _give_freed_memory_back() -> None:
+    """Keep glibc from holding on to what weights that come and go have taken.
+
+    Once large blocks were freed, it takes such blocks from its heap, whose freed parts it cannot
+    give back: a tenth of the model, in the end. A fixed threshold stops that.
+    """
+    mmap_threshold, default = -3, 128 * 1024
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, default)
 
 
 def _without_grouped_mm(model: PreTrainedModel) -> None:

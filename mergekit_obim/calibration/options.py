@@ -21,7 +21,7 @@ class RunOptions:
 
     device: str = "cpu"
     device_map: str | None = None
-    max_memory: Mapping[int | str, str] = field(default_factory=dict)
+    max_memory: Mapping[int | str, int | str] = field(default_factory=dict)
     dense: bool = False
     merge_dtype: str | None = None
     overwrite: bool = False

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOG = logging.getLogger("mergekit_obim")
+# The pages of a safetensors file count as the process's memory while it is open.
+_MAPPED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -240,10 +242,15 @@ class _Weights:
     def fingerprints(self) -> dict[str, Fingerprint]:
         """A sample of every stored floating-point weight."""
         prints = {}
+        mapped = 0
         for name in self.names:
             tensor = self.load(name)
             if tensor.is_floating_point():
                 prints[name] = fingerprint(tensor)
+            mapped += tensor.nbytes
+            if mapped > _MAPPED_BYTES and self.loader.index.tensor_paths[name].endswith("tensors"):
+                self.loader.flush()
+                mapped = 0
         self.loader.flush()
         return prints
 

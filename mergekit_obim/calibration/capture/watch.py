@@ -95,6 +95,7 @@ class CurvatureCapture(TorchDispatchMode):
         self._terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
         self._unaccounted: dict[str, str] = {}
         self._parameters: dict[int, list[Weight]] = {}  # by storage
+        self._references: list[StorageWeakRef] = []  # keep their addresses unique
         self._passing: dict[int, _Passing] = {}  # by storage
         self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
         self._stack = ExitStack()
@@ -116,6 +117,7 @@ class CurvatureCapture(TorchDispatchMode):
 
     def __enter__(self) -> CurvatureCapture:
         self._parameters = self._weights_of(self._model)
+        self._references = [reference(p) for p in self._model.parameters()]
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
                 hook = getattr(module, "_hf_hook", None)
