@@ -50,6 +50,10 @@ class DeviceMemoryError(ObimError, MemoryError):
     """A model or its activations do not fit the device."""
 
 
+class OtherProcessError(ObimError, RuntimeError):
+    """Another of the processes that share the work has failed; the message is its own."""
+
+
 class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations that are not finite numbers."""
 

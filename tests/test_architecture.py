@@ -41,9 +41,13 @@ ROOMS = {
     "mergekit_obim.calibration.resume": {
         *("safetensors", "torch", "mergekit_obim.errors", "mergekit_obim.saliency_file"),
     },
+    "mergekit_obim.calibration.ranks": {
+        *("torch", "mergekit_obim.calibration", "mergekit_obim.errors"),
+    },
     "mergekit_obim.calibration.passes": {
         *("torch", "tqdm", "transformers", "mergekit_obim.errors"),
-        *("mergekit_obim.calibration", "mergekit_obim.calibration.resume"),
+        *("mergekit_obim.calibration", "mergekit_obim.calibration.ranks"),
+        "mergekit_obim.calibration.resume",
     },
     "mergekit_obim.calibration.loading": {
         *("accelerate", "mergekit", "torch", "transformers"),
@@ -55,7 +59,8 @@ ROOMS = {
         *("transformers", "mergekit_obim", "mergekit_obim.calibration", "mergekit_obim.errors"),
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
         *("mergekit_obim.calibration.loading", "mergekit_obim.calibration.passes"),
-        *("mergekit_obim.calibration.resume", "mergekit_obim.saliency_file"),
+        *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
+        "mergekit_obim.saliency_file",
     },
     "mergekit_obim.methods": {
         *("mergekit", "numpy", "pydantic", "torch"),

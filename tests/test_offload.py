@@ -131,7 +131,7 @@ def test_a_pickled_checkpoint_is_stored_anew_meanwhile(
 
 def test_what_a_killed_run_had_stored_anew_is_removed(world: World, tmp_path: Path) -> None:
     path, out = commands.write_recipe(tmp_path, world.recipe()), tmp_path / "out"
-    left = out / f".{world.saliency_of(world.math).name}.offload"
+    left = out / f".{world.saliency_of(world.math).name}.0.offload"
     left.mkdir(parents=True)
     (left / "lm_head.weight.safetensors").touch()
     succeed(commands.obim_saliency(path, out))

@@ -22,6 +22,7 @@ from commands import MATH_ROWS, World, succeed
 from mergekit_obim import saliency_file
 from mergekit_obim.calibration import passes, resume, run
 from mergekit_obim.calibration.passes import run_through
+from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL, Checkpoint, Sums, remove_leftovers
 from mergekit_obim.errors import SaliencyFileError
 
@@ -248,7 +249,7 @@ def test_every_kind_of_sum_goes_on_to_the_same_bits(
     def measured(file: str) -> Any:
         return run_through(
             model, sequences, label=name, batch_size=1,
-            checkpoint=Checkpoint(tmp_path / file, {"all": 1}), quiet=True,
+            checkpoint=Checkpoint(tmp_path / file, {"all": 1}), ranks=Ranks(), quiet=True,
         )  # fmt: skip
 
     def stop(model: Any, ids: torch.Tensor) -> None:
@@ -321,10 +322,13 @@ def test_sums_that_cannot_be_saved_leave_the_earlier_ones(
 
 def test_only_its_own_leftovers_are_removed(tmp_path: Path) -> None:
     own = [".a.safetensors.x_9.part", ".a.safetensors.0.sums.ab.part", ".a.safetensors.12.sums"]
+    folder = tmp_path / ".a.safetensors.3.offload"
+    folder.mkdir()
     others = ["a.safetensors", ".b.safetensors.x.part", ".a.safetensors.b.safetensors.0.sums"]
     for name in (*own, *others):
         (tmp_path / name).touch()
     remove_leftovers(tmp_path / "a.safetensors", sums=False)
+    assert not folder.exists()
     assert set(os.listdir(tmp_path)) == {own[2], *others}
     remove_leftovers(tmp_path / "a.safetensors")
     assert set(os.listdir(tmp_path)) == set(others)

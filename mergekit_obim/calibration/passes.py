@@ -15,6 +15,7 @@ from mergekit_obim.calibration.capture import CurvatureCapture, input_device
 from mergekit_obim.calibration.data import next_batch
 from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.memory import most_tokens, out_of_memory, release
+from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
 
 LOG = logging.getLogger("mergekit_obim")
@@ -27,9 +28,10 @@ def run_through(
     label: str,
     batch_size: int | Literal["auto"],
     checkpoint: Checkpoint,
+    ranks: Ranks,
     quiet: bool,
 ) -> CurvatureCapture:
-    """Run the model over the sequences, from the checkpoint on if there is one.
+    """Run the model over this process's share, from the checkpoint on if there is one.
 
     Longest first, so that memory runs out at the start or not at all.
 
@@ -40,26 +42,29 @@ def run_through(
         batch_size: Sequences per forward pass. With `auto`, as many as fit: where memory runs
             out, half as many are tried, from there on.
         checkpoint: Where sums are saved now and then.
+        ranks: The processes that share the sequences. The first alone shows anything.
         quiet: Show no progress.
 
     Returns:
-        The capture, with the sums over all sequences.
+        The capture, with the sums over all sequences, of all processes.
 
     Raises:
         CalibrationError: Activations are not finite.
         SaliencyFileError: The checkpoint cannot be written.
+        OtherProcessError: Another process has failed.
         Exception: Whatever the model's forward pass raises.
     """
     capture = CurvatureCapture(model, skip_logits=True)
     device = input_device(model)
-    ordered = sorted(sequences, key=len, reverse=True)
+    ordered = ranks.share(sorted(sequences, key=len, reverse=True))
+    quiet = quiet or not ranks.first
     total = sum(map(len, ordered))
     done, tokens = 0, most_tokens(model, device) or total
     sums, unusable = checkpoint.load()
     if sums is not None:
         done, tokens = sums.done, sums.tokens
         capture.load_state(sums.state)
-    elif unusable:
+    elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
         tqdm.write(line, file=sys.stderr)
     gone = sum(map(len, ordered[:done]))
@@ -78,10 +83,13 @@ def run_through(
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
                 release()
                 continue
+            ranks.check()
             done += len(rows)
             progress.update(len(rows) * longest)
             if checkpoint.due():
                 checkpoint.save(Sums(done, tokens, capture.state()))
+    ranks.meet()
+    ranks.add_up(capture)
     return capture
 
 

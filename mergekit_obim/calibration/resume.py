@@ -47,8 +47,16 @@ class Sums:
     state: dict[str, Any]
 
 
+def different(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
+    """The keys that do not have the same value in both."""
+    return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
+
+
 class Checkpoint:
     """The checkpoint of one expert's run.
+
+    Attributes:
+        measurement: A hash of each thing that decides the sums, under the words to name it by.
 
     Args:
         path: The saliency file that the run is to write.
@@ -58,7 +66,7 @@ class Checkpoint:
 
     def __init__(self, path: Path, measurement: Mapping[str, object], rank: int = 0):
         self.path = path.with_name(f".{path.name}.{rank}.sums")
-        self._measurement = {
+        self.measurement = {
             words: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
             for words, value in measurement.items()
         }
@@ -75,13 +83,7 @@ class Checkpoint:
         try:
             with safe_open(str(self.path), framework="pt", device="cpu") as file:
                 header = json.loads(file.metadata()["obim"])
-                found = header["measurement"]
-                differing = [
-                    words
-                    for words in sorted({*found, *self._measurement})
-                    if found.get(words) != self._measurement.get(words)
-                ]
-                if differing:
+                if differing := different(header["measurement"], self.measurement):
                     return None, f"are of something else (another {', '.join(differing)})"
                 totals = {name: file.get_tensor(str(i)) for i, name in enumerate(header["names"])}
                 state = {"totals": totals, **header["state"]}
@@ -102,7 +104,7 @@ class Checkpoint:
         start = time.monotonic()
         totals = list(sums.state["totals"].values())
         header = {
-            "measurement": self._measurement,
+            "measurement": self.measurement,
             "done": sums.done,
             "tokens": sums.tokens,
             "names": list(sums.state["totals"]),  # safetensors keeps no order
@@ -124,9 +126,10 @@ class Checkpoint:
 
 def remove_leftovers(path: Path, *, sums: bool = True) -> None:
     """Remove what killed runs left beside a saliency file: half-written files, and their sums."""
-    half = rf"\.{re.escape(path.name)}\.(\d+\.sums\.)?\w+\.part"
-    whole = rf"|\.{re.escape(path.name)}\.\d+\.sums" if sums else ""
+    left = r"(\d+\.sums\.)?\w+\.part|\d+\.offload" + (r"|\d+\.sums" if sums else "")
     for found in path.parent.iterdir():
-        if re.fullmatch(half + whole, found.name):
-            found.unlink(missing_ok=True)
-    shutil.rmtree(path.with_name(f".{path.name}.offload"), ignore_errors=True)
+        if re.fullmatch(rf"\.{re.escape(path.name)}\.({left})", found.name):
+            if found.is_dir():
+                shutil.rmtree(found, ignore_errors=True)
+            else:
+                found.unlink(missing_ok=True)

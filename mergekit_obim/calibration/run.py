@@ -23,7 +23,8 @@ from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.names import stored_parts, weight_names
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.passes import run_through
-from mergekit_obim.calibration.resume import Checkpoint, remove_leftovers
+from mergekit_obim.calibration.ranks import Ranks
+from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
 from mergekit_obim.calibration.spec import Calibration, Expert
 from mergekit_obim.errors import (
     CalibrationError,
@@ -92,7 +93,7 @@ class Prepared:
 
 
 def prepare_expert(
-    expert: Expert, base_model: object, out_dir: Path, options: RunOptions
+    expert: Expert, base_model: object, out_dir: Path, options: RunOptions, ranks: Ranks
 ) -> Prepared:
     """Read and check all that is needed to measure an expert, so that faults are told at once.
 
@@ -102,6 +103,7 @@ def prepare_expert(
             dense files; None where only its slices have one.
         out_dir: The folder to write ``<model-name>.safetensors`` to.
         options: Where and how.
+        ranks: The processes that share the work; what is in OUT_DIR is the first one's business.
 
     Raises:
         CalibrationError: The data or the model cannot give a saliency.
@@ -135,25 +137,46 @@ def prepare_expert(
         wanted.calibration["base"] = str(base)
         wanted.calibration["base_weights"] = base_weights.digest()
         wanted.calibration["merge_dtype"] = options.merge_dtype
-    kept = _kept(path, wanted, options.overwrite) if path.exists() else None
+    kept = None
+    if ranks.first and path.exists():
+        kept = _kept(path, wanted, options.overwrite)
     return Prepared(expert, path, config, weights, data, wanted, kept, base_weights)
 
 
-def measure(prepared: Prepared, options: RunOptions) -> Measured:
+def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured | None:
     """Run an expert over its calibration data and write its saliency file, unless it is there.
 
     Killed at any moment, the same call goes on where the last checkpoint was taken.
+
+    Returns:
+        What became of it; in a process that is not the first, None.
 
     Raises:
         CalibrationError: The model cannot be loaded or run, or its activations are not finite.
         SaliencyFileError: The file cannot be written.
         DeviceMemoryError: The model or its activations do not fit.
+        OtherProcessError: Another process has failed.
     """
+    path, kept = prepared.path, prepared.kept is not None
+    if not ranks.local:
+        remove_leftovers(path, sums=kept)
+    if ranks.all(kept)[0]:
+        return _measured(prepared, prepared.kept) if prepared.kept else None
+    h, found = _run(prepared, options, ranks)
+    if ranks.first:
+        _write(prepared, options, h, found)
+    ranks.meet()
+    remove_leftovers(path)
+    return _measured(prepared, SaliencyFile(path)) if ranks.first else None
+
+
+def _write(
+    prepared: Prepared,
+    options: RunOptions,
+    h: Mapping[str, torch.Tensor],
+    found: Mapping[str, Any],
+) -> None:
     label, path = prepared.expert.model, prepared.path
-    remove_leftovers(path, sums=prepared.kept is not None)
-    if prepared.kept:
-        return _measured(prepared, len(prepared.kept.shapes), prepared.kept.metadata)
-    h, found = _run(prepared, options)
     if not h:
         raise CalibrationError(
             f"model {label}: not one of its weights could be scored: "
@@ -171,16 +194,15 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
         raise SaliencyFileError(
             f"{path}: the saliency of model {label} cannot be written: {quoted(error)}"
         ) from error
-    remove_leftovers(path)
-    return _measured(prepared, len(h), metadata)
 
 
-def _measured(prepared: Prepared, scored: int, metadata: SaliencyMetadata) -> Measured:
+def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
+    metadata = file.metadata
     return Measured(
         prepared.expert.model,
         prepared.path,
         prepared.kept is not None,
-        scored,
+        len(file.shapes),
         metadata.unscored,
         prepared.wanted.calibration["samples"],
         prepared.data.tokens,
@@ -366,20 +388,27 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
     )
 
 
-def _run(prepared: Prepared, options: RunOptions) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def _run(
+    prepared: Prepared, options: RunOptions, ranks: Ranks
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """h under all its names, and for the header, what else was found."""
-    label, path, calibration = (
-        prepared.expert.model,
-        prepared.path,
-        prepared.expert.calibration,
-    )
+    label, path = prepared.expert.model, prepared.path
+    calibration = prepared.expert.calibration
+    measurement = _measurement(prepared.wanted)
+    checkpoint = Checkpoint(path, {**measurement, "number of processes": ranks.world}, ranks.rank)
+    for other, theirs in enumerate(ranks.all(checkpoint.measurement)):
+        if differing := different(theirs, checkpoint.measurement):
+            raise CalibrationError(
+                f"model {label}: process {other} has another {', '.join(differing)} than process "
+                f"{ranks.rank}: give all processes the same files and packages"
+            )
     with loaded(
         label,
         prepared.weights.merged,
         prepared.config,
         calibration.dtype,
         options,
-        path.with_name(f".{path.name}.offload"),
+        path.with_name(f".{path.name}.{ranks.rank}.offload"),
     ) as model:
         stored = set(prepared.weights.names)
         # Before the run, which unties the tied among offloaded weights.
@@ -390,7 +419,8 @@ def _run(prepared: Prepared, options: RunOptions) -> tuple[dict[str, torch.Tenso
                 prepared.data.sequences,
                 label=label,
                 batch_size=calibration.batch_size,
-                checkpoint=Checkpoint(path, _measurement(prepared.wanted)),
+                checkpoint=checkpoint,
+                ranks=ranks,
                 quiet=options.quiet,
             )
         except Exception as error:
