@@ -17,6 +17,7 @@ from architectures import ARCHITECTURES
 from commands import World, succeed
 from mergekit_obim.calibration import passes
 from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.memory import most_tokens
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
@@ -168,6 +169,35 @@ def test_the_weights_of_a_dispatched_model_are_found_wherever_they_lie(tmp_path:
     assert not any("pre_forward" in vars(hook) for hook in hooks)
 
 
+# transformers 5.23 cannot place it: a bias of its head is tied to one of a part of it.
+UNPLACEABLE = {"xlm-roberta"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in UNPLACEABLE])
+def test_every_architecture_gives_the_same_with_a_part_on_disk(tmp_path: Path, name: str) -> None:
+    model = ARCHITECTURES[name].build()
+    model.save_pretrained(tmp_path / "model")
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11]])
+    captures = []
+    for placement in ({}, {"device_map": "auto", "max_memory": {"cpu": int(0.4 * size)}}):
+        loaded = type(model).from_pretrained(
+            tmp_path / "model", offload_folder=tmp_path / "offload", **placement
+        )
+        captures.append(CurvatureCapture(loaded.eval(), skip_logits=True))
+        with captures[-1]:
+            feed(loaded, ids)
+        assert any(p.is_meta for p in loaded.parameters()) == bool(placement)
+    whole, offloaded = captures
+    assert offloaded.unscored() == whole.unscored()
+    want, got = whole.curvatures(), offloaded.curvatures()
+    assert got.keys() == want.keys()
+    for parameter, curvature in want.items():
+        assert got[parameter].experts == curvature.experts
+        torch.testing.assert_close(got[parameter].h, curvature.h, rtol=1e-5, atol=1e-9)
+
+
 # --- batches that do not fit ------------------------------------------------------------------
 
 
@@ -231,8 +261,9 @@ def test_a_row_that_does_not_fit_alone_is_told(
     assert memory.sizes == [12, 6, 3, 1]
 
 
-def test_an_accelerator_is_asked_for_all_rows_of_a_length_at_once() -> None:
+def test_an_accelerator_is_asked_for_more_at_once() -> None:
     model = nn.Linear(2, 2)
     assert most_tokens(model, torch.device("cpu")) == 2048
-    assert most_tokens(model, torch.device("cuda")) is None
+    assert most_tokens(model, torch.device("mps")) == 2048
+    assert most_tokens(model, torch.device("cuda")) == 32768
     assert most_tokens(nn.Linear(2, 2, device="meta"), torch.device("cpu")) == 16384

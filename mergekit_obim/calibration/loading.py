@@ -66,7 +66,10 @@ def loaded(
         except Exception as error:
             if out_of_memory(error):
                 raise does_not_fit(label, options, "it does") from error
-            raise CalibrationError(f"model {label}: cannot be loaded: {quoted(error)}") from error
+            how = f" with --device-map {options.device_map}" if options.device_map else ""
+            raise CalibrationError(
+                f"model {label}: cannot be loaded{how}: {quoted(error)}"
+            ) from error
         if any(parameter.is_meta for parameter in model.parameters()):
             _give_freed_memory_back()
         if any(parameter.dtype == torch.float64 for parameter in model.parameters()):

@@ -12,15 +12,15 @@ from torch import nn
 _CPU_TOKENS = 2048
 # Of a model that is read from the disk once for every pass, more.
 _CPU_TOKENS_OFFLOADED = 16384
+# On accelerators half as many are tried where these do not fit. More would gain nothing, and take
+# the inner activations of large models past 2**31 elements.
+_TOKENS = 32768
 
 
-def most_tokens(model: nn.Module, device: torch.device) -> int | None:
-    """How many tokens `batch_size: auto` tries in a forward pass; None is all there are.
-
-    On accelerators that is the start: where they do not fit, half as many are tried.
-    """
-    if device.type != "cpu":
-        return None
+def most_tokens(model: nn.Module, device: torch.device) -> int:
+    """How many tokens `batch_size: auto` tries in a forward pass, to begin with."""
+    if device.type not in ("cpu", "mps"):  # which share their memory with all else
+        return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
 

@@ -59,11 +59,12 @@ def run_through(
     ordered = ranks.share(sorted(sequences, key=len, reverse=True))
     quiet = quiet or not ranks.first
     total = sum(map(len, ordered))
-    done, tokens = 0, most_tokens(model, device) or total
+    done, tokens = 0, most_tokens(model, device)
     sums, unusable = checkpoint.load()
     if sums is not None:
-        done, tokens = sums.done, sums.tokens
+        done, tokens = sums.done, min(tokens, sums.tokens)
         capture.load_state(sums.state)
+        del sums  # its tensors are the file's, mapped
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
         tqdm.write(line, file=sys.stderr)
