@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +18,7 @@ from mergekit_obim.errors import RecipeError, one_line
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
 if TYPE_CHECKING:
+    from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Measured
 
     ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
@@ -63,21 +66,24 @@ class BatchSize(ParamType):
 
 
 class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``."""
+    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
 
     name = "device=size"
 
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, str]:
+    ) -> tuple[int | str, int | str]:
         if isinstance(value, tuple):
             return value
-        device, equals, size = str(value).partition("=")
-        if not (device and equals and size):
+        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
+        if found is None:
             self.fail(
                 f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
             )
-        return (int(device) if device.isdecimal() else device), size
+        device, size = found.groups()
+        return int(device) if device.isdecimal() else device, (
+            int(size) if size.isdecimal() else size
+        )
 
 
 @click.command("obim-saliency", cls=GroupedHelp)
@@ -128,9 +134,22 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
-    quiet = options.pop("quiet")
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
+    if "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
+        _measure(config, out_dir, options)
+        return
+    from mergekit_obim.calibration.ranks import joined
+
+    with joined() as ranks:
+        _measure(config, out_dir, options, ranks)
+
+
+def _measure(
+    config: Path, out_dir: Path, options: dict[str, Any], ranks: Ranks | None = None
+) -> None:
+    """What the command does, in one process or in one of several."""
+    quiet = options.pop("quiet")
     recipe = _read_recipe(config)
 
     from mergekit_obim.calibration.spec import read_experts
@@ -140,39 +159,57 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     }
     experts = read_experts(recipe, overrides, only=options.pop("model"))
 
-    import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mergekit_obim.calibration.run import RunOptions, measure, prepare_expert
+    from mergekit_obim.calibration.options import RunOptions
+    from mergekit_obim.calibration.ranks import Ranks
+    from mergekit_obim.calibration.run import measure, prepare_expert
 
-    # transformers shows a bar of its own for every model it loads.
+    ranks = ranks or Ranks()
+    # transformers shows a bar of its own for every model it loads; accelerate warns that
+    # offloaded weights are offloaded.
     disable_progress_bar()
-    if options["device"] is None:
-        found = torch.accelerator.current_accelerator()
-        options["device"] = str(found) if found else "cpu"
-    try:
-        torch.empty(0, device=options["device"])
-    except Exception as error:  # torch raises several kinds
-        raise RecipeError(
-            f"--device {options['device']}: torch cannot use it here ({one_line(error)}); leave "
-            "--device out to take what there is"
-        ) from error
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    options["device"] = _device(options["device"], ranks.local)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
     options["max_memory"] = dict(options["max_memory"])
     run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
+    base = recipe.get("base_model")
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
-    prepared = [
-        prepare_expert(expert, recipe.get("base_model"), out_dir, run_options) for expert in experts
-    ]
+    prepared = ranks.machine_by_machine(
+        lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
+    )
     for number, one in enumerate(prepared, 1):
-        measured = measure(one, run_options)
+        measured = measure(one, run_options, ranks)
+        if measured is None:
+            continue  # the first process says it
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not quiet:
             click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+
+
+def _device(asked: str | None, number: int) -> str:
+    """The device to run on; without an index, the one with this process's number on its machine."""
+    import torch
+
+    device = asked
+    if device is None:
+        found = torch.accelerator.current_accelerator()
+        device = str(found) if found else "cpu"
+    if number and ":" not in device and device != "cpu":
+        device = f"{device}:{number % max(1, torch.accelerator.device_count())}"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds
+        raise RecipeError(
+            f"--device {device}: torch cannot use it here ({one_line(error)}); leave "
+            "--device out to take what there is"
+        ) from error
+    return device
 
 
 def _read_recipe(path: Path) -> Mapping[str, Any]:

@@ -50,6 +50,10 @@ class DeviceMemoryError(ObimError, MemoryError):
     """A model or its activations do not fit the device."""
 
 
+class OtherProcessError(ObimError, RuntimeError):
+    """Another of the processes that share the work has failed; the message is its own."""
+
+
 class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations that are not finite numbers."""
 
@@ -57,3 +61,9 @@ class UnscorableError(ObimError, ArithmeticError):
 def one_line(error: BaseException) -> str:
     """Another library's message on one line, for ours to quote; its kind if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def quoted(error: BaseException) -> str:
+    """The same, cut where it is long."""
+    text = one_line(error)
+    return text if len(text) <= 300 else text[:297] + "…"

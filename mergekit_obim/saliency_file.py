@@ -102,7 +102,8 @@ def saliency_file_name(model: str) -> str:
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     """Write a file whole or not at all: to a temporary name beside it, then renamed over it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    prefix = f".{path.name.removeprefix('.')}."
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:
             yield file
@@ -114,7 +115,7 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        Path(temporary).unlink(missing_ok=True)
         raise
 
 

@@ -6,12 +6,14 @@ click commands within the test's process; :func:`spawn` starts real ones.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,21 @@ def spawn(command: str, *args: object, cwd: Path) -> subprocess.CompletedProcess
         text=True,
         timeout=300,
     )
+
+
+def killed(patch: Callable[[Callable[[], None]], None], *args: object) -> None:
+    """Run the pre-pass in a child that `patch` gets a way to kill -9, and wait for that."""
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # OpenMP's threads did not come along
+        signal.alarm(120)
+        with contextlib.suppress(BaseException):
+            patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
+            obim_saliency(*args)
+        os._exit(0)  # the test fails: it should have been killed
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
 
 def succeed(result: Result) -> Result:

@@ -38,11 +38,28 @@ ROOMS = {
         *("datasets", "numpy", "pyarrow", "pydantic", "torch", "tqdm", "transformers", "yaml"),
         "mergekit_obim.errors",
     },
+    "mergekit_obim.calibration.resume": {
+        *("safetensors", "torch", "mergekit_obim.errors", "mergekit_obim.saliency_file"),
+    },
+    "mergekit_obim.calibration.ranks": {
+        *("torch", "mergekit_obim.calibration", "mergekit_obim.errors"),
+    },
+    "mergekit_obim.calibration.passes": {
+        *("torch", "tqdm", "transformers", "mergekit_obim.errors"),
+        *("mergekit_obim.calibration", "mergekit_obim.calibration.ranks"),
+        "mergekit_obim.calibration.resume",
+    },
+    "mergekit_obim.calibration.loading": {
+        *("accelerate", "mergekit", "torch", "transformers"),
+        *("mergekit_obim.calibration", "mergekit_obim.errors"),
+    },
     # Reads checkpoints as mergekit does, adapters merged in, and writes the saliency file.
     "mergekit_obim.calibration.run": {
         *("accelerate", "huggingface_hub", "mergekit", "safetensors", "torch", "tqdm"),
         *("transformers", "mergekit_obim", "mergekit_obim.calibration", "mergekit_obim.errors"),
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
+        *("mergekit_obim.calibration.loading", "mergekit_obim.calibration.passes"),
+        *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
         "mergekit_obim.saliency_file",
     },
     "mergekit_obim.methods": {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import checkpoints
 import reference
-from benchmarks import bench
+from benchmarks import bench, offload
 from mergekit_obim.layers import layer_indices, rotate
 from mergekit_obim.saliency_file import SaliencyFile, saliency_file_name
 
@@ -71,3 +71,17 @@ def test_the_page_shows_the_figures_that_are_kept_beside_it() -> None:
     shown = page.split(bench.BEGIN)[1].split(bench.END)[0].strip("\n")
     figures = json.loads((bench.PAGE.parent / "performance.json").read_text(encoding="utf-8"))
     assert shown == bench.tables(figures)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak memory")
+def test_a_model_four_times_the_allowed_memory_takes_no_more_than_that(tmp_path: Path) -> None:
+    result = CliRunner().invoke(offload.main, ["--smoke", "--cache", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.output.splitlines()[-1])
+    assert figures["same"]
+    allowed, runs = figures["allowed_mib"], figures["runs"]
+    assert figures["weights_mib"] == 4 * allowed
+    assert runs["whole"]["weights_mib"] > 3.8 * allowed  # it measures what it should
+    # 8 MiB are the sums, the modules, and what the allocator rounds up.
+    assert runs["limited"]["weights_mib"] < allowed + 8

@@ -456,6 +456,31 @@ def test_the_context_can_be_entered_again() -> None:
     assert_same_h(capture.curvatures(), {n: c.h.double() for n, c in whole.items()}, rtol=0)
 
 
+def test_what_an_error_ends_counts_for_nothing() -> None:
+    model = tiny_models.build("mixtral")
+    batches = batched(2)
+    _, capture = capture_h(model, batches[:1])
+    before = capture.state()
+    before["totals"] = {name: total.clone() for name, total in before["totals"].items()}
+
+    def fail() -> None:
+        with capture:
+            model(input_ids=batches[1])
+            raise RuntimeError("halfway")
+
+    with pytest.raises(RuntimeError, match="halfway"):
+        fail()
+    after = capture.state()
+    assert {key: after[key] for key in ("rows", "unaccounted")} == {
+        key: before[key] for key in ("rows", "unaccounted")
+    }
+    assert after["totals"].keys() == before["totals"].keys()
+    assert all(torch.equal(t, before["totals"][name]) for name, t in after["totals"].items())
+    with capture:
+        model(input_ids=batches[1])
+    assert capture.state()["rows"] != before["rows"]
+
+
 def test_gradients_are_off_and_inference_mode_is_left() -> None:
     model = tiny_models.build("gpt2")
     with torch.inference_mode():

@@ -112,6 +112,8 @@ def test_version() -> None:
         (["--batch-size", "-1"], "neither a positive number nor 'auto'"),
         (["--batch-size", "some"], "neither a positive number nor 'auto'"),
         (["--max-memory", "20GiB"], "DEVICE=SIZE"),
+        (["--max-memory", "cpu=20Gib/s"], "DEVICE=SIZE"),
+        (["--max-memory", "cpu=much"], "DEVICE=SIZE"),
         (["--max-memory", "cpu=1GiB"], "--device-map"),
         (["--dtype", "int8"], "bfloat16"),
         (["--sampels", "3"], "--samples"),

@@ -3,6 +3,7 @@
 Every fenced block has an HTML comment before it, which readers do not see:
 
     <!-- test: run -->      a real shell runs the block; each of its commands must succeed
+                            (`run anew`: the saliency files that are there are removed before)
     <!-- test: output -->   every line was printed by the last run; … stands for anything
     <!-- test: python -->   the block is executed
     <!-- test: file NAME -->  the block is written to NAME
@@ -105,6 +106,8 @@ class Reader:
 
     def _run(self, block: Block) -> None:
         self._options(block)
+        if block.argument == "anew":
+            shutil.rmtree(self.folder / "saliency", ignore_errors=True)
         binaries = Path(sys.executable).parent
         environment = {
             **os.environ,

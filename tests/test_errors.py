@@ -5,12 +5,10 @@ Every line of the contract's section "Errors" is here, for the merge and for the
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import shutil
-import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -770,14 +768,6 @@ def test_model_that_does_not_fit(
     assert ("activations" in message) == (where == "forward")
 
 
-def test_offloaded_weights_are_not_measured(
-    world: World, refuse_prepass: Callable[..., str]
-) -> None:
-    arguments = ("--device-map", "auto", "--max-memory", "cpu=20KiB")
-    message = refuse_prepass(world.recipe(), *arguments)
-    says(message, f"model {world.math}", "cannot be measured yet", "--max-memory")
-
-
 def test_output_folder_that_cannot_be(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     recipe = commands.write_recipe(tmp_path, world.recipe())
@@ -909,21 +899,6 @@ def test_damaged_file_stays_unless_overwritten(
 # --- killed ------------------------------------------------------------------------------
 
 
-def killed(patch: Callable[[Callable[[], None]], None], *args: object) -> None:
-    """Run the pre-pass in a child that `patch` gets a way to kill -9, and wait for that."""
-    child = os.fork()
-    if not child:
-        torch.set_num_threads(1)  # OpenMP's threads did not come along
-        signal.alarm(120)
-        with contextlib.suppress(BaseException):
-            patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-            commands.obim_saliency(*args)
-        os._exit(0)  # the test fails: it should have been killed
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status)
-    assert os.WTERMSIG(status) == signal.SIGKILL
-
-
 def while_measuring(kill: Callable[[], None]) -> None:
     calls = iter(range(100))
     original = Squares.sum
@@ -966,7 +941,7 @@ def test_killed_prepass_leaves_no_half_file(
     out = measured if replacing else tmp_path / "new"
     recipe, _ = other_length(world, tmp_path)
     path = commands.write_recipe(tmp_path, recipe)
-    killed(when, path, out, "--overwrite")
+    commands.killed(when, path, out, "--overwrite")
     # What the merge would find: the old files, or none.
     found = {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
     assert found == (commands.contents(world.saliency) if replacing else {})

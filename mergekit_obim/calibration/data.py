@@ -13,7 +13,7 @@ import heapq
 import json
 import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -528,20 +528,20 @@ def content_hash(sequences: Iterable[Sequence[int]]) -> str:
     return digest.hexdigest()
 
 
-def batches(sequences: Sequence[list[int]], batch_size: int) -> Iterator[list[list[int]]]:
-    """Every sequence once, in batches of up to ``batch_size`` of equal length.
+def next_batch(ordered: Sequence[list[int]], start: int, size: int) -> Sequence[list[int]]:
+    """The sequences from ``start`` on that make a batch: up to ``size``, all of one length.
 
-    Longest first, so that memory runs out at the start or not at all.
+    Args:
+        ordered: Token ids, sorted by length.
+        start: Less than their number.
+        size: At least 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size should be at least 1, found {batch_size}")
-    by_length: dict[int, list[list[int]]] = {}
-    for sequence in sequences:
-        by_length.setdefault(len(sequence), []).append(sequence)
-    for length in sorted(by_length, reverse=True):
-        bucket = by_length[length]
-        for start in range(0, len(bucket), batch_size):
-            yield bucket[start : start + batch_size]
+    if size < 1:
+        raise ValueError(f"size should be at least 1, found {size}")
+    end = start + 1
+    while end < min(start + size, len(ordered)) and len(ordered[end]) == len(ordered[start]):
+        end += 1
+    return ordered[start:end]
 
 
 def _short(value: object) -> str:

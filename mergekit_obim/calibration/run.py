@@ -4,31 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from mergekit.common import ModelReference, dtype_from_name, get_auto_cls
+import transformers
+from mergekit.common import ModelReference, dtype_from_name
 from mergekit.io import LazyTensorLoader
-from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from mergekit_obim import __version__
 from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
-from mergekit_obim.calibration.data import TokenizedCalibration, batches, prepare
-from mergekit_obim.calibration.feeding import feed
+from mergekit_obim.calibration.data import TokenizedCalibration, prepare
+from mergekit_obim.calibration.loading import does_not_fit, loaded
+from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.names import stored_parts, weight_names
+from mergekit_obim.calibration.options import RunOptions
+from mergekit_obim.calibration.passes import run_through
+from mergekit_obim.calibration.ranks import Ranks
+from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
 from mergekit_obim.calibration.spec import Calibration, Expert
 from mergekit_obim.errors import (
     CalibrationError,
-    DeviceMemoryError,
+    ObimError,
     RecipeError,
     SaliencyFileError,
-    one_line,
+    quoted,
 )
 from mergekit_obim.fingerprint import Fingerprint, fingerprint
 from mergekit_obim.kernels.scores import task_vector
@@ -43,35 +46,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOG = logging.getLogger("mergekit_obim")
-
-# `batch_size: auto` fills forward passes up to this many tokens: enough to keep a CPU or a
-# GPU busy, little enough that the activations stay small beside the weights.
-_AUTO_TOKENS = 2048
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """Where and how to run; nothing here changes what is measured, but for rounding.
-
-    Attributes:
-        device: Where the whole model goes.
-        device_map: accelerate's placement instead (``auto``, …), with ``max_memory``.
-        dense: Write δ²·h per weight instead of h.
-        merge_dtype: The recipe's dtype, to which the merge rounds every weight: δ is that of
-            the rounded weights.
-        overwrite: Replace a file that was made from something else.
-    """
-
-    device: str = "cpu"
-    device_map: str | None = None
-    max_memory: Mapping[int | str, str] = field(default_factory=dict)
-    dense: bool = False
-    merge_dtype: str | None = None
-    overwrite: bool = False
-    trust_remote_code: bool = False
-    transformers_cache: str | None = None
-    lora_merge_cache: str | None = None
-    quiet: bool = False
+# The pages of a safetensors file count as the process's memory while it is open.
+_MAPPED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -117,7 +93,7 @@ class Prepared:
 
 
 def prepare_expert(
-    expert: Expert, base_model: object, out_dir: Path, options: RunOptions
+    expert: Expert, base_model: object, out_dir: Path, options: RunOptions, ranks: Ranks
 ) -> Prepared:
     """Read and check all that is needed to measure an expert, so that faults are told at once.
 
@@ -127,6 +103,7 @@ def prepare_expert(
             dense files; None where only its slices have one.
         out_dir: The folder to write ``<model-name>.safetensors`` to.
         options: Where and how.
+        ranks: The processes that share the work; what is in OUT_DIR is the first one's business.
 
     Raises:
         CalibrationError: The data or the model cannot give a saliency.
@@ -160,31 +137,46 @@ def prepare_expert(
         wanted.calibration["base"] = str(base)
         wanted.calibration["base_weights"] = base_weights.digest()
         wanted.calibration["merge_dtype"] = options.merge_dtype
-    kept = _kept(path, wanted, options.overwrite) if path.exists() else None
+    kept = None
+    if ranks.first and path.exists():
+        kept = _kept(path, wanted, options.overwrite)
     return Prepared(expert, path, config, weights, data, wanted, kept, base_weights)
 
 
-def measure(prepared: Prepared, options: RunOptions) -> Measured:
+def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured | None:
     """Run an expert over its calibration data and write its saliency file, unless it is there.
+
+    Killed at any moment, the same call goes on where the last checkpoint was taken.
+
+    Returns:
+        What became of it; in a process that is not the first, None.
 
     Raises:
         CalibrationError: The model cannot be loaded or run, or its activations are not finite.
         SaliencyFileError: The file cannot be written.
         DeviceMemoryError: The model or its activations do not fit.
+        OtherProcessError: Another process has failed.
     """
-    if prepared.kept:
-        return _measured(prepared, len(prepared.kept.shapes), prepared.kept.metadata)
+    path, kept = prepared.path, prepared.kept is not None
+    if not ranks.local:
+        remove_leftovers(path, sums=kept)
+    if ranks.all(kept)[0]:
+        return _measured(prepared, prepared.kept) if prepared.kept else None
+    h, found = _run(prepared, options, ranks)
+    if ranks.first:
+        _write(prepared, options, h, found)
+    ranks.meet()
+    remove_leftovers(path)
+    return _measured(prepared, SaliencyFile(path)) if ranks.first else None
+
+
+def _write(
+    prepared: Prepared,
+    options: RunOptions,
+    h: Mapping[str, torch.Tensor],
+    found: Mapping[str, Any],
+) -> None:
     label, path = prepared.expert.model, prepared.path
-    model = _load(
-        label, prepared.weights.merged, prepared.config, prepared.expert.calibration, options
-    )
-    try:
-        capture = _run(model, prepared.data, prepared.expert, options)
-        h, found = _entries(model, capture, prepared.weights)
-    except Exception as error:
-        if not _out_of_memory(error):
-            raise
-        raise _does_not_fit(label, options, "its activations do") from error
     if not h:
         raise CalibrationError(
             f"model {label}: not one of its weights could be scored: "
@@ -193,7 +185,6 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
     shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
     read = h.__getitem__
     if prepared.base:
-        del model
         dense = _DenseScores(h, prepared.weights, prepared.base, _merge_dtype(options.merge_dtype))
         shapes, read = dense.shapes, dense.read
     metadata = prepared.wanted.model_copy(update=found)
@@ -201,17 +192,17 @@ def measure(prepared: Prepared, options: RunOptions) -> Measured:
         write_saliency(path, shapes, read, metadata)
     except OSError as error:
         raise SaliencyFileError(
-            f"{path}: the saliency of model {label} cannot be written: {_one_line(error)}"
+            f"{path}: the saliency of model {label} cannot be written: {quoted(error)}"
         ) from error
-    return _measured(prepared, len(h), metadata)
 
 
-def _measured(prepared: Prepared, scored: int, metadata: SaliencyMetadata) -> Measured:
+def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
+    metadata = file.metadata
     return Measured(
         prepared.expert.model,
         prepared.path,
         prepared.kept is not None,
-        scored,
+        len(file.shapes),
         metadata.unscored,
         prepared.wanted.calibration["samples"],
         prepared.data.tokens,
@@ -256,7 +247,7 @@ class _Weights:
                 cache_dir=options.transformers_cache, lazy_unpickle=False
             )
         except Exception as error:  # whatever transformers, peft, or the Hub raise
-            raise CalibrationError(f"model {label}: cannot be read: {_one_line(error)}") from error
+            raise CalibrationError(f"model {label}: cannot be read: {quoted(error)}") from error
 
     @property
     def names(self) -> list[str]:
@@ -273,10 +264,15 @@ class _Weights:
     def fingerprints(self) -> dict[str, Fingerprint]:
         """A sample of every stored floating-point weight."""
         prints = {}
+        mapped = 0
         for name in self.names:
             tensor = self.load(name)
             if tensor.is_floating_point():
                 prints[name] = fingerprint(tensor)
+            mapped += tensor.nbytes
+            if mapped > _MAPPED_BYTES and self.loader.index.tensor_paths[name].endswith("tensors"):
+                self.loader.flush()
+                mapped = 0
         self.loader.flush()
         return prints
 
@@ -292,7 +288,7 @@ def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
         raise CalibrationError(
-            f"model {reference}: neither a model folder nor a model on the Hub: {_one_line(error)}"
+            f"model {reference}: neither a model folder nor a model on the Hub: {quoted(error)}"
         ) from error
     if getattr(config, "quantization_config", None):
         raise CalibrationError(
@@ -322,7 +318,7 @@ def _tokenizer(
                 ),
             )
         except Exception as error:
-            problems.append(f"{place}: {_one_line(error)}")
+            problems.append(f"{place}: {quoted(error)}")
     raise CalibrationError(f"model {label}: no tokenizer found ({'; '.join(problems)})")
 
 
@@ -392,107 +388,73 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
     )
 
 
-def _load(
-    label: str,
-    merged: ModelReference,
-    config: PretrainedConfig,
-    calibration: Calibration,
-    options: RunOptions,
-) -> PreTrainedModel:
-    placement: dict[str, Any] = {}
-    try:
-        if options.device_map:
-            placement = {
-                "device_map": options.device_map,
-                "max_memory": dict(options.max_memory) or None,
-                "offload_folder": tempfile.mkdtemp(prefix="obim-offload-"),
-            }
-        model = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
-            merged.model.path,
-            revision=merged.model.revision,
-            dtype=calibration.dtype or "auto",
-            trust_remote_code=options.trust_remote_code,
-            cache_dir=options.transformers_cache,
-            **placement,
-        )
-        if not options.device_map:
-            cast("torch.nn.Module", model).to(options.device)
-    except Exception as error:
-        if _out_of_memory(error):
-            raise _does_not_fit(label, options, "it does") from error
-        raise CalibrationError(f"model {label}: cannot be loaded: {_one_line(error)}") from error
-    finally:
-        shutil.rmtree(placement.get("offload_folder", ""), ignore_errors=True)
-    if any(parameter.is_meta for parameter in model.parameters()):
-        # accelerate brings such weights in and out while the model runs, where the capture,
-        # which knows weights by their place in memory, cannot follow them.
-        raise DeviceMemoryError(
-            f"model {label}: --device-map {options.device_map} leaves weights on the CPU or the "
-            "disk, where they cannot be measured yet: raise --max-memory, use --dtype bfloat16, or "
-            "run it whole with --device cpu"
-        )
-    if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-        _without_grouped_mm(model)
-    return cast("PreTrainedModel", model.eval())
-
-
-def _without_grouped_mm(model: PreTrainedModel) -> None:
-    """torch has no grouped product in float64: the experts run one by one then."""
-    if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
-        model.set_experts_implementation("eager")
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # Only accelerators have an exception of their own; CPU and MPS say it in words.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
-
-
-def _does_not_fit(label: str, options: RunOptions, what: str) -> DeviceMemoryError:
-    place = options.device_map or options.device
-    ways = "--batch-size 1, a smaller --max-length, --dtype bfloat16"
-    ways += ", --device-map auto with --max-memory"
-    ways += "" if place == "cpu" else ", --device cpu"
-    return DeviceMemoryError(f"model {label}: {what} not fit {place}; try {ways}")
-
-
 def _run(
-    model: PreTrainedModel, data: TokenizedCalibration, expert: Expert, options: RunOptions
-) -> CurvatureCapture:
-    """Every batch through the model once; nothing is kept of a batch but its sums."""
-    device = model.device if options.device_map else torch.device(options.device)
-    capture = CurvatureCapture(model, skip_logits=True)
-    size = expert.calibration.batch_size
-    progress = tqdm(
-        total=data.tokens, desc=f"Measuring {expert.model}", unit="tok", disable=options.quiet
-    )
-    with progress, capture:  # which turns gradients off
-        for batch in batches(data.sequences, _AUTO_TOKENS if size == "auto" else size):
-            longest = len(batch[0])
-            step = max(1, _AUTO_TOKENS // longest) if size == "auto" else size
-            for start in range(0, len(batch), step):
-                rows = batch[start : start + step]
-                try:
-                    feed(model, torch.tensor(rows, device=device))
-                except Exception as error:
-                    if isinstance(error, CalibrationError) or _out_of_memory(error):
-                        raise
-                    raise CalibrationError(
-                        f"model {expert.model}: its forward pass failed on calibration data: "
-                        f"{_one_line(error)}"
-                    ) from error
-                progress.update(len(rows) * longest)
-    return capture
+    prepared: Prepared, options: RunOptions, ranks: Ranks
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """h under all its names, and for the header, what else was found."""
+    label, path = prepared.expert.model, prepared.path
+    calibration = prepared.expert.calibration
+    measurement = _measurement(prepared.wanted)
+    checkpoint = Checkpoint(path, {**measurement, "number of processes": ranks.world}, ranks.rank)
+    for other, theirs in enumerate(ranks.all(checkpoint.measurement)):
+        if differing := different(theirs, checkpoint.measurement):
+            raise CalibrationError(
+                f"model {label}: process {other} has another {', '.join(differing)} than process "
+                f"{ranks.rank}: give all processes the same files and packages"
+            )
+    with loaded(
+        label,
+        prepared.weights.merged,
+        prepared.config,
+        calibration.dtype,
+        options,
+        path.with_name(f".{path.name}.{ranks.rank}.offload"),
+    ) as model:
+        stored = set(prepared.weights.names)
+        # Before the run, which unties the tied among offloaded weights.
+        names = weight_names(model, stored)
+        try:
+            capture = run_through(
+                model,
+                prepared.data.sequences,
+                label=label,
+                batch_size=calibration.batch_size,
+                checkpoint=checkpoint,
+                ranks=ranks,
+                quiet=options.quiet,
+            )
+        except Exception as error:
+            if isinstance(error, ObimError):
+                raise
+            if out_of_memory(error):
+                raise does_not_fit(label, options, "its activations do") from error
+            raise CalibrationError(
+                f"model {label}: its forward pass failed on calibration data: {quoted(error)}"
+            ) from error
+        return _entries(model, capture, names, prepared.weights)
+
+
+def _measurement(wanted: SaliencyMetadata) -> dict[str, object]:
+    """All that decides the sums, under the words to name it by; not how fast or where it runs."""
+    return {
+        "model": [wanted.model, wanted.revision],
+        "set of weights": {name: x.model_dump() for name, x in wanted.fingerprint.items()},
+        "form": wanted.form,
+        **{f"calibration {key}": value for key, value in wanted.calibration.items()},
+        "version of mergekit-obim": wanted.mergekit_obim_version,
+        "version of torch": torch.__version__,
+        "version of transformers": transformers.__version__,
+    }
 
 
 def _entries(
-    model: PreTrainedModel, capture: CurvatureCapture, weights: _Weights
+    model: PreTrainedModel,
+    capture: CurvatureCapture,
+    names: Mapping[str, tuple[str, ...]],
+    weights: _Weights,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """h under every name that a merge may ask for it; and for the header, what else was found."""
     stored = set(weights.names)
-    names = weight_names(model, stored)
     h: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, list[int]]] = {}
     for parameter, curvature in capture.curvatures().items():
@@ -544,8 +506,3 @@ def _merge_dtype(name: str | None) -> torch.dtype | None:
         return dtype_from_name(name)
     except (AttributeError, RuntimeError) as error:
         raise RecipeError(f"dtype: mergekit does not know {name!r}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = one_line(error)
-    return text if len(text) <= 300 else text[:297] + "…"

@@ -32,6 +32,6 @@ What stays out of sight: kernels that do not go through PyTorch's dispatcher (th
 """
 
 from mergekit_obim.calibration.capture.terms import FEWEST_ROWS
-from mergekit_obim.calibration.capture.watch import Curvature, CurvatureCapture
+from mergekit_obim.calibration.capture.watch import Curvature, CurvatureCapture, input_device
 
-__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture"]
+__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "input_device"]

@@ -67,6 +67,11 @@ class Term:
         pooled = total.sum(0) / rows.sum()
         return torch.where(rows < FEWEST_ROWS, pooled, total / rows.clamp(min=1)).float()
 
+    def copy(self) -> Term:
+        """The same sum, that does not change when this one is added to."""
+        rows = self.rows.clone() if isinstance(self.rows, Tensor) else self.rows
+        return Term(self.total.clone(), rows)
+
     @classmethod
     def from_state(cls, total: Tensor, rows: int | list[int]) -> Term:
         on_cpu = torch.tensor(rows, device="cpu") if isinstance(rows, list) else rows

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -65,10 +67,11 @@ class CurvatureCapture(TorchDispatchMode):
     It turns gradients off; the caller puts the model in eval mode, and passes batches without
     padding, since every row counts. Sums are kept on the activations' devices, squared in float32
     (float64 for float64 activations) and added up over batches in float64. It may be entered
-    again, to go on counting.
+    again, to go on counting; what an error ends counts for nothing.
 
     Args:
-        model: The model; its parameters must not move to another device meanwhile.
+        model: The model; its parameters must not move to another device meanwhile, unless it is
+            accelerate that brings offloaded ones in and out.
         skip_logits: Measure the output head's input, but return logits of width zero instead of
             a [tokens, vocab] product. Tried first on a single token, twice: where it would change
             any other number, or break the forward, logits are built as usual.
@@ -81,19 +84,23 @@ class CurvatureCapture(TorchDispatchMode):
     def __init__(self, model: nn.Module, *, skip_logits: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
-        self._head = _skippable_head(model) if skip_logits else None
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
+        # Asked once: bringing offloaded weights in and out unties those that are tied.
+        self._first_name = _first_names(model)
         self._fused = {
             (name.rpartition(".")[0], shape[0])
             for name, shape in self._shapes.items()
             if len(shape) == 3
         }
-        self._terms: dict[str, dict[str, Term]] = defaultdict(dict)
+        self._terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
         self._unaccounted: dict[str, str] = {}
         self._parameters: dict[int, list[Weight]] = {}  # by storage
-        self._passing: dict[int, _Passing] = {}  # by storage, while inside the context
+        self._references: list[StorageWeakRef] = []  # keep their addresses unique
+        self._passing: dict[int, _Passing] = {}  # by storage
         self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
         self._stack = ExitStack()
+        self._head = _skippable_head(model, self) if skip_logits else None
+        self._before: tuple[defaultdict[str, dict[str, Term]], dict[str, str]]
 
     @property
     def skips_logits(self) -> bool:
@@ -102,20 +109,22 @@ class CurvatureCapture(TorchDispatchMode):
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
         """The other names of each parameter that has several: first name -> further names."""
-        first = {id(p): name for name, p in self._model.named_parameters()}
         others: dict[str, tuple[str, ...]] = {}
-        for name, p in self._model.named_parameters(remove_duplicate=False):
-            if name != first[id(p)]:
-                others[first[id(p)]] = (*others.get(first[id(p)], ()), name)
+        for name, first in self._first_name.items():
+            if name != first:
+                others[first] = (*others.get(first, ()), name)
         return others
 
     def __enter__(self) -> CurvatureCapture:
-        self._parameters = {}
-        for name, p in self._model.named_parameters():
-            weight = Weight(name, p.shape, offset_of(p), layout_of(p), tuple(range(p.ndim)))
-            weight = weight._replace(per_expert=self._is_per_expert(name))
-            self._parameters.setdefault(storage_of(p), []).append(weight)
+        self._parameters = self._weights_of(self._model)
+        self._references = [reference(p) for p in self._model.parameters()]
         with ExitStack() as stack:
+            for name, module in self._model.named_modules():
+                hook = getattr(module, "_hf_hook", None)
+                if any(getattr(own, "offload", False) for own in getattr(hook, "hooks", [hook])):
+                    assert hook is not None
+                    stack.callback(vars(hook).pop, "pre_forward", None)
+                    hook.pre_forward = partial(self._brought_in, name, hook.pre_forward)
             # inference_mode hides the operations inside composite ones; no_grad does not.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.no_grad())
@@ -124,15 +133,24 @@ class CurvatureCapture(TorchDispatchMode):
                 self._head.forward = self._measured_head  # type: ignore[method-assign,assignment]
             super().__enter__()  # type: ignore[no-untyped-call]
             self._stack = stack.pop_all()
+        self._before = self._snapshot()
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
         super().__exit__(exc_type, exc, tb)  # type: ignore[no-untyped-call]
         self._stack.close()
-        self._passing.clear()
-        if exc_type is None:
-            self._squares.raise_if_not_finite()
-        self._squares.clear()
+        finished = False
+        try:
+            if exc_type is None:
+                self._squares.raise_if_not_finite()
+                finished = True
+        finally:
+            self._squares.clear()
+            if not finished:
+                self._terms, self._unaccounted = self._before
+                self._passing.clear()
+            # Else it stays: what a model makes of its weights and keeps, it makes only once.
+            self._before = (defaultdict(dict), {})
 
     def curvatures(self) -> dict[str, Curvature]:
         """h of each measured parameter, in the model's order; a tied weight once (`tied`)."""
@@ -183,10 +201,46 @@ class CurvatureCapture(TorchDispatchMode):
             self._terms[name][row] = Term.from_state(total, state["rows"][key])
         self._unaccounted = dict(state["unaccounted"])
 
+    def _snapshot(self) -> tuple[defaultdict[str, dict[str, Term]], dict[str, str]]:
+        """Everything counted so far, to go back to."""
+        terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
+        for name, by_row in self._terms.items():
+            terms[name] = {row: term.copy() for row, term in by_row.items()}
+        return terms, dict(self._unaccounted)
+
     def _is_per_expert(self, name: str) -> bool:
         """Whether a parameter may hold a weight per expert, or a bias beside such a weight."""
         shape, module = self._shapes[name], name.rpartition(".")[0]
         return len(shape) == 3 or (len(shape) == 2 and (module, shape[0]) in self._fused)
+
+    def _weights_of(self, module: nn.Module, prefix: str = "") -> dict[int, list[Weight]]:
+        """Where the parameters lie, by storage; each once, under its first name."""
+        found: dict[int, list[Weight]] = {}
+        for name, p in module.named_parameters(prefix, remove_duplicate=False):
+            name = self._first_name[name]
+            weight = Weight(name, p.shape, offset_of(p), layout_of(p), tuple(range(p.ndim)))
+            weight = weight._replace(per_expert=self._is_per_expert(name))
+            beside = found.setdefault(storage_of(p), [])
+            if weight not in beside:
+                beside.append(weight)
+        return found
+
+    def _brought_in(
+        self, name: str, bring_in: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
+    ) -> Any:
+        """accelerate's hook brings a module's offloaded weights in: note where they lie then."""
+        result = bring_in(module, *args, **kwargs)
+        lying = self._weights_of(module, name)
+        for parameter in module.parameters():
+            if not parameter.is_meta:
+                key = storage_of(parameter)
+                self._remember(parameter, [*self._parameters.get(key, ()), *lying[key]])
+        return result
+
+    def _reset(self) -> None:
+        self._terms.clear()
+        self._unaccounted = {}
+        self._passing.clear()
 
     # -- watching operations ------------------------------------------------------------------
 
@@ -384,16 +438,27 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _skippable_head(model: nn.Module) -> nn.Linear | None:
+def _first_names(model: nn.Module) -> dict[str, str]:
+    """Every parameter's name -> the first name of the one it is; tied ones have several."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model wants its input; of one that accelerate has spread, its first device."""
+    device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
+    return next(model.parameters()).device if device is None else torch.device(device)
+
+
+def _skippable_head(model: nn.Module, capture: CurvatureCapture) -> nn.Linear | None:
     """The output head, if a forward without its logits gives every parameter the same numbers."""
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
         return None
-    token = torch.zeros((1, 1), dtype=torch.int64, device=next(model.parameters()).device)
+    token = torch.zeros((1, 1), dtype=torch.int64, device=input_device(model))
     states = []
     for skipped in (None, head):
-        capture = CurvatureCapture(model)
         capture._head = skipped
         try:
             with capture:
@@ -401,6 +466,7 @@ def _skippable_head(model: nn.Module) -> nn.Linear | None:
         except Exception:  # whatever it was: then the logits are built, and the run will tell
             return None
         states.append(capture.state())
+        capture._reset()
     full, without = states
     same = all(full[key] == without[key] for key in ("rows", "unaccounted")) and all(
         torch.equal(total, without["totals"][key]) for key, total in full["totals"].items()

@@ -1,0 +1,40 @@
+"""How large a forward pass may be."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+from torch import nn
+
+# On a CPU memory runs out without an error that one could react to, and passes of this many
+# tokens keep it busy.
+_CPU_TOKENS = 2048
+# Of a model that is read from the disk once for every pass, more.
+_CPU_TOKENS_OFFLOADED = 16384
+# On accelerators half as many are tried where these do not fit. More would gain nothing, and take
+# the inner activations of large models past 2**31 elements.
+_TOKENS = 32768
+
+
+def most_tokens(model: nn.Module, device: torch.device) -> int:
+    """How many tokens `batch_size: auto` tries in a forward pass, to begin with."""
+    if device.type not in ("cpu", "mps"):  # which share their memory with all else
+        return _TOKENS
+    offloaded = any(parameter.is_meta for parameter in model.parameters())
+    return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
+
+
+def out_of_memory(error: BaseException) -> bool:
+    # Only accelerators have an exception of their own; CPU and MPS say it in words.
+    words = ("out of memory", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def release() -> None:
+    """Give back what a forward pass that failed had taken."""
+    gc.collect()
+    if torch.accelerator.is_available():
+        torch.accelerator.empty_cache()

@@ -1,0 +1,108 @@
+"""Every calibration sequence through the model once; nothing is kept of a batch but its sums."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from mergekit_obim.calibration.capture import CurvatureCapture, input_device
+from mergekit_obim.calibration.data import next_batch
+from mergekit_obim.calibration.feeding import feed
+from mergekit_obim.calibration.memory import most_tokens, out_of_memory, release
+from mergekit_obim.calibration.ranks import Ranks
+from mergekit_obim.calibration.resume import Checkpoint, Sums
+
+LOG = logging.getLogger("mergekit_obim")
+
+
+def run_through(
+    model: PreTrainedModel,
+    sequences: Sequence[list[int]],
+    *,
+    label: str,
+    batch_size: int | Literal["auto"],
+    checkpoint: Checkpoint,
+    ranks: Ranks,
+    quiet: bool,
+) -> CurvatureCapture:
+    """Run the model over this process's share, from the checkpoint on if there is one.
+
+    Longest first, so that memory runs out at the start or not at all.
+
+    Args:
+        model: In eval mode.
+        sequences: Token ids, any order.
+        label: What to call the model.
+        batch_size: Sequences per forward pass. With `auto`, as many as fit: where memory runs
+            out, half as many are tried, from there on.
+        checkpoint: Where sums are saved now and then.
+        ranks: The processes that share the sequences. The first alone shows anything.
+        quiet: Show no progress.
+
+    Returns:
+        The capture, with the sums over all sequences, of all processes.
+
+    Raises:
+        CalibrationError: Activations are not finite.
+        SaliencyFileError: The checkpoint cannot be written.
+        OtherProcessError: Another process has failed.
+        Exception: Whatever the model's forward pass raises.
+    """
+    capture = CurvatureCapture(model, skip_logits=True)
+    device = input_device(model)
+    ordered = ranks.share(sorted(sequences, key=len, reverse=True))
+    quiet = quiet or not ranks.first
+    total = sum(map(len, ordered))
+    done, tokens = 0, most_tokens(model, device)
+    sums, unusable = checkpoint.load()
+    if sums is not None:
+        done, tokens = sums.done, min(tokens, sums.tokens)
+        capture.load_state(sums.state)
+        del sums  # its tensors are the file's, mapped
+    elif unusable and ranks.first:
+        line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
+        tqdm.write(line, file=sys.stderr)
+    gone = sum(map(len, ordered[:done]))
+    if done and not quiet:
+        tqdm.write(f"{label}: goes on after {gone:,} tokens of an interrupted run", sys.stderr)
+    with tqdm(
+        total=total, initial=gone, desc=f"Measuring {label}", unit="tok", disable=quiet
+    ) as progress:
+        while done < len(ordered):
+            longest = len(ordered[done])
+            size = max(1, tokens // longest) if batch_size == "auto" else batch_size
+            rows = next_batch(ordered, done, size)
+            ids = torch.tensor(rows, device=device)
+            if not _fits(model, ids, capture, may_not=batch_size == "auto" and len(rows) > 1):
+                tokens = len(rows) // 2 * longest
+                LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
+                release()
+                continue
+            ranks.check()
+            done += len(rows)
+            progress.update(len(rows) * longest)
+            if checkpoint.due():
+                checkpoint.save(Sums(done, tokens, capture.state()))
+    ranks.meet()
+    ranks.add_up(capture)
+    return capture
+
+
+def _fits(
+    model: PreTrainedModel, ids: torch.Tensor, capture: CurvatureCapture, *, may_not: bool
+) -> bool:
+    """Run a batch; whether memory sufficed. If not, nothing of it was counted."""
+    try:
+        with capture:  # which turns gradients off
+            feed(model, ids)
+    except Exception as error:
+        if not may_not or not out_of_memory(error):
+            raise
+        return False  # which lets go of the error, and so of the activations
+    return True
