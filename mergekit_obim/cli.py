@@ -25,6 +25,7 @@ else:
 _GROUPS = {
     "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
     "Output": ("dense", "overwrite", "quiet", "verbosity"),
+    "Check": ("check", "as_json"),
     "Hardware": ("device", "device_map", "max_memory"),
     "Storage": ("transformers_cache", "lora_merge_cache"),
     "Dangerous Options": ("trust_remote_code",),
@@ -82,7 +83,9 @@ class DeviceMemory(ParamType):
 
 @click.command("obim-saliency", cls=GroupedHelp)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.argument(
+    "out_dir", type=click.Path(file_okay=False, path_type=Path), required=False, metavar="OUT_DIR"
+)
 @click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
@@ -103,6 +106,13 @@ class DeviceMemory(ParamType):
     "--dense", is_flag=True, help="Write full saliency tensors, as large as the model in fp32"
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that were made from something else")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Measure nothing: tell all that is wrong with the recipe. With OUT_DIR, before the "
+    "pre-pass; without, before the merge",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
 @click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
 @click.option(
@@ -120,7 +130,7 @@ class DeviceMemory(ParamType):
     "--trust-remote-code", is_flag=True, help="Trust remote code from huggingface repos (danger)"
 )
 @click.version_option(__version__)
-def main(config: Path, out_dir: Path, **options: Any) -> None:
+def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **options: Any) -> None:
     """Measure the saliency of every expert in a merge recipe.
 
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
@@ -128,6 +138,11 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    ctx = click.get_current_context()
+    if as_json and not check:
+        raise click.UsageError("--json does nothing without --check")
+    if out_dir is None and not check:
+        raise click.UsageError("Missing argument 'OUT_DIR'.", ctx)
     quiet = options.pop("quiet")
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
@@ -138,11 +153,13 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     overrides = {
         name: options.pop(name) for name in ("samples", "max_length", "batch_size", "seed", "dtype")
     }
-    experts = read_experts(recipe, overrides, only=options.pop("model"))
+    only = options.pop("model")
+    experts = [] if check else read_experts(recipe, overrides, only)
 
     import torch
     from transformers.utils.logging import disable_progress_bar
 
+    from mergekit_obim import check as checking
     from mergekit_obim.calibration.run import RunOptions, measure, prepare_expert
 
     # transformers shows a bar of its own for every model it loads.
@@ -157,16 +174,25 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
             f"--device {options['device']}: torch cannot use it here ({one_line(error)}); leave "
             "--device out to take what there is"
         ) from error
+    options["max_memory"] = dict(options["max_memory"])
+    run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
+    if check:
+        verdict = checking.check(recipe, out_dir, run_options, overrides, only)
+        click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+        ctx.exit(1 if verdict.faults else 0)
+    assert out_dir is not None
+    if faults := checking.recipe_faults(recipe):
+        raise RecipeError("; ".join(faults))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
-    options["max_memory"] = dict(options["max_memory"])
-    run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     prepared = [
         prepare_expert(expert, recipe.get("base_model"), out_dir, run_options) for expert in experts
     ]
+    for doubt in checking.doubts(prepared, recipe.get("base_model"), run_options):
+        click.echo(f"Warning: {doubt}", err=True)
     for number, one in enumerate(prepared, 1):
         measured = measure(one, run_options)
         for warning in measured.warnings:

@@ -26,6 +26,9 @@ ROOMS = {
     "mergekit_obim.layers": set(),
     "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
     "mergekit_obim.fingerprint": {"numpy", "pydantic", "torch", "mergekit_obim.errors"},
+    "mergekit_obim.relation": {
+        *("mergekit", "torch", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
+    },
     "mergekit_obim.saliency_file": {
         *("numpy", "pydantic", "safetensors", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.fingerprint"),
@@ -49,6 +52,15 @@ ROOMS = {
         *("mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
         *("mergekit_obim.layers", "mergekit_obim.saliency_file", "mergekit_obim.saliency_store"),
+        "mergekit_obim.relation",
+    },
+    "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
+    # Asks both sides what they would say, so it stands above them.
+    "mergekit_obim.check": {
+        *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
+        *("mergekit_obim.calibration", "mergekit_obim.calibration.run", "mergekit_obim.errors"),
+        *("mergekit_obim.kernels", "mergekit_obim.methods", "mergekit_obim.planned"),
+        "mergekit_obim.relation",
     },
 }
 EVERYTHING = {"mergekit_obim.cli"}
