@@ -146,7 +146,7 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
     quiet = options.pop("quiet")
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
-    recipe = _read_recipe(config)
+    recipe = read_recipe(config)
 
     from mergekit_obim.calibration.spec import read_experts
 
@@ -201,7 +201,12 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
             click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
 
 
-def _read_recipe(path: Path) -> Mapping[str, Any]:
+def read_recipe(path: Path) -> Mapping[str, Any]:
+    """A recipe as YAML has it.
+
+    Raises:
+        RecipeError: It is not YAML, or no mapping.
+    """
     import yaml
 
     try:
