@@ -11,7 +11,7 @@ import click
 
 from mergekit_obim import __version__
 from mergekit_obim.cli import read_recipe
-from mergekit_obim.errors import RecipeError
+from mergekit_obim.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -74,3 +74,64 @@ def card(merged: Path, recipe: Path | None, no_shares: bool, **options: Any) -> 
     written = write_section(merged, read_config(content), source, merging, shares=not no_shares)
     if not merging.quiet:
         click.echo(f"{written}: described how the experts were merged")
+
+
+@click.command("obim-report")
+@click.argument("recipe", type=FILE)
+@click.option(
+    "--merged", type=FOLDER, help="The merged model, to see whether the recipe still makes it"
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="The HTML file to write  [default: obim-report.html]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers instead, for machines")
+@merging_options
+def report(
+    recipe: Path, merged: Path | None, output: Path | None, as_json: bool, **options: Any
+) -> None:
+    """Show what a merge makes of its experts: an HTML file that needs nothing else.
+
+    Goes through the merge of RECIPE without merging. Run it where mergekit-yaml runs. With both
+    --json and --output the numbers are printed and the file is written.
+    """
+    content = read_recipe(recipe)
+    merging = start(options)
+
+    from mergekit_obim.planned import read_config
+    from mergekit_obim.report.gather import gather
+    from mergekit_obim.report.summary import summarize
+
+    write = output is not None or not as_json
+    if write:
+        try:
+            from mergekit_obim.report.page import render
+        except ImportError as error:
+            raise RecipeError(
+                f"the charts need matplotlib ({one_line(error)}): pip install "
+                "'mergekit-obim[report]', or take the numbers by --json"
+            ) from error
+    found = summarize(gather(read_config(content), merging, merged=merged))
+    if found["differing"]:
+        click.echo(
+            f"Warning: {merged}: tensor {found['differing'][0]}, and {len(found['differing']) - 1} "
+            "more, are not what this recipe makes",
+            err=True,
+        )
+    if as_json:
+        import json
+
+        click.echo(json.dumps(found, indent=1))
+    if write:
+        from mergekit_obim.saliency_file import atomic_write
+
+        path = output or Path("obim-report.html")
+        try:
+            with atomic_write(path) as file:
+                file.write(render(found).encode("utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
+        if not (merging.quiet or as_json):
+            click.echo(f"{path}: {path.stat().st_size / 1e6:.1f} MB, opens in any browser")

@@ -55,10 +55,16 @@ ROOMS = {
         "mergekit_obim.relation",
     },
     "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
+    "mergekit_obim.kinship": {
+        *("mergekit", "torch", "tqdm"),
+        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.layers"),
+    },
+    "mergekit_obim.evolution": {"yaml", "mergekit_obim.errors", "mergekit_obim.saliency_file"},
     "mergekit_obim.report": {
         *("matplotlib", "mergekit", "numpy", "torch", "mergekit_obim", "mergekit_obim.errors"),
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
-        *("mergekit_obim.methods", "mergekit_obim.planned", "mergekit_obim.saliency_file"),
+        *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.planned"),
+        "mergekit_obim.saliency_file",
     },
     # Asks both sides what they would say, so it stands above them.
     "mergekit_obim.check": {
@@ -68,7 +74,7 @@ ROOMS = {
         "mergekit_obim.relation",
     },
 }
-EVERYTHING = {"mergekit_obim.cli", "mergekit_obim.cli_report"}
+EVERYTHING = {"mergekit_obim.cli", "mergekit_obim.cli_kinship", "mergekit_obim.cli_report"}
 HEAVY = {"datasets", "mergekit", "numpy", "torch", "transformers"}
 
 

@@ -24,11 +24,11 @@ from mergekit.options import MergeOptions
 from mergekit_obim.errors import RecipeError
 from mergekit_obim.fingerprint import sample, sample_positions
 from mergekit_obim.kernels.blocks import Positions
-from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.kinship import Moments
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Criterion, GivenScores, Saliency
-from mergekit_obim.kernels.tally import Tally, contested, tally
+from mergekit_obim.kernels.selection import FREE
+from mergekit_obim.kernels.tally import Tally, outcomes, tally, wishes
 from mergekit_obim.layers import block_of, rotate
 from mergekit_obim.methods.obim import Assignment, observing
 from mergekit_obim.methods.saliency import saliency_of
@@ -53,8 +53,9 @@ class TensorTally:
         elements: How many positions it has.
         ranked: What ranked each expert's positions: saliency, magnitude, random or nothing.
         tally: Counts and sums; 0 for an expert that took no part.
-        contested: Who got the positions that two or more wanted, [K + 1], the base last; None
-            without densities, where there is nothing to want.
+        contested: Who got the positions that two or more wanted, [K + 1], the base last, estimated
+            from a sample where the tensor has more than 2,048; None without densities, where there
+            is nothing to want, or if it was not asked for.
     """
 
     name: str
@@ -64,7 +65,7 @@ class TensorTally:
     elements: int
     ranked: list[str | None]
     tally: Tally
-    contested: list[int] | None
+    contested: list[float] | None
 
 
 @dataclass
@@ -132,7 +133,7 @@ def gather(
         config: A recipe for ``obim``.
         options: mergekit's; nothing is written.
         merged: The merged model, to be compared with what the recipe makes.
-        curve: Whether to look at other orders and densities.
+        curve: Whether to look at other orders and densities, and at what is contested.
 
     Raises:
         ObimError: The recipe is for another method, or cannot be merged.
@@ -150,13 +151,17 @@ def gather(
     def observe(
         group: TensorGroup, parameters: Mapping[str, Any], assignment: Assignment | None
     ) -> None:
-        account.tensors.append(_look(group, parameters, assignment, experts))
+        sampled: list[Candidate] = []
+        if curve and assignment:
+            shape = assignment.owner.shape
+            sampled = [_sampled(candidate, shape) for candidate in assignment.candidates]
+        account.tensors.append(_look(group, parameters, assignment, sampled, experts))
         if weights is not None and not _agrees(group, assignment, weights):
             account.differing.append(group.metadata.name or "")
         if assignment and assignment.densities and len(assignment.candidates) == len(experts):
             account.densities = account.densities or list(assignment.densities)
             if curve:
-                _add_to_curve(account.curve, assignment, parameters)
+                _add_to_curve(account.curve, assignment, sampled, parameters)
 
     executor = Executor([task for _, task in planned])
     with observing(observe):
@@ -181,6 +186,7 @@ def _look(
     group: TensorGroup,
     parameters: Mapping[str, Any],
     assignment: Assignment | None,
+    sampled: Sequence[Candidate],
     experts: Sequence[ModelReference],
 ) -> TensorTally:
     name, base = group.metadata.name or "", group.base
@@ -206,13 +212,14 @@ def _look(
         total.products[np.ix_(places, places)] = found.products
         for place, candidate in zip(places, assignment.candidates, strict=True):
             ranked[place] = _ranked_by(candidate.criterion)
-        if assignment.densities is not None:
-            parts = contested(
-                assignment.candidates, assignment.densities, assignment.order, assignment.owner
-            )
-            disputes = [0] * (len(experts) + 1)
-            for column, count in zip(columns, parts, strict=True):
-                disputes[column] = int(count)
+        if assignment.densities is not None and sampled:
+            part = Positions(_spread(base.tensor.numel()))
+            owner = part.of(assignment.owner).numpy()
+            twice = wishes(sampled, assignment.densities) > 1
+            disputes = [0.0] * (len(experts) + 1)
+            for label, column in zip([*range(len(places)), FREE], columns, strict=True):
+                share = np.count_nonzero(twice & (owner == label)) / max(1, len(owner))
+                disputes[column] = share * base.tensor.numel()
     return TensorTally(
         name,
         layer,
@@ -243,28 +250,33 @@ def _ranked_by(criterion: Criterion) -> str:
 
 
 def _add_to_curve(
-    curve: dict[tuple[str, float], Tally], assignment: Assignment, parameters: Mapping[str, Any]
+    curve: dict[tuple[str, float], Tally],
+    assignment: Assignment,
+    candidates: Sequence[Candidate],
+    parameters: Mapping[str, Any],
 ) -> None:
     """What a sample of the tensor's positions would be under other orders and densities."""
-    shape = assignment.owner.shape
-    candidates = [_sampled(candidate, shape) for candidate in assignment.candidates]
     densities = assignment.densities or []
-    weight = shape.numel() / candidates[0].base.numel() if shape.numel() else 0.0
+    weight = assignment.owner.numel() / max(1, candidates[0].base.numel())
     experts = range(len(candidates))
     orders = (
         rotate(experts, parameters["layer"] or 0),
         list(experts),
         list(reversed(experts)),
     )
-    for share in SHARES if sum(densities) else ():
-        scaled = [density * share / sum(densities) for density in densities]
-        for name, order in zip(ORDERS, orders, strict=True):
-            owner = exclusive_masks(candidates, scaled, order)
-            found = tally(candidates, owner, assignment.scales)
-            before = curve.get((name, share)) or Tally.zero(len(candidates))
-            curve[name, share] = Tally(
-                *(vars(before)[key] + weight * value for key, value in vars(found).items())
-            )
+    if not sum(densities):
+        return
+    points = [(share, *order) for share in SHARES for order in zip(ORDERS, orders, strict=True)]
+    settings = [
+        ([density * share / sum(densities) for density in densities], order)
+        for share, _, order in points
+    ]
+    found = outcomes(candidates, assignment.scales, settings)
+    for (share, name, _), one in zip(points, found, strict=True):
+        before = curve.get((name, share)) or Tally.zero(len(candidates))
+        curve[name, share] = Tally(
+            *(vars(before)[key] + weight * value for key, value in vars(one).items())
+        )
 
 
 def _sampled(candidate: Candidate, shape: torch.Size) -> Candidate:
