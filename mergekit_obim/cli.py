@@ -18,6 +18,7 @@ from mergekit_obim.errors import RecipeError, one_line
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
 if TYPE_CHECKING:
+    from mergekit_obim.calibration.options import RunOptions
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Measured
 
@@ -28,6 +29,7 @@ else:
 _GROUPS = {
     "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
     "Output": ("dense", "overwrite", "quiet", "verbosity"),
+    "Check": ("check", "as_json"),
     "Hardware": ("device", "device_map", "max_memory"),
     "Storage": ("transformers_cache", "lora_merge_cache"),
     "Dangerous Options": ("trust_remote_code",),
@@ -88,7 +90,9 @@ class DeviceMemory(ParamType):
 
 @click.command("obim-saliency", cls=GroupedHelp)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument("out_dir", type=click.Path(file_okay=False, path_type=Path))
+@click.argument(
+    "out_dir", type=click.Path(file_okay=False, path_type=Path), required=False, metavar="OUT_DIR"
+)
 @click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
@@ -109,6 +113,13 @@ class DeviceMemory(ParamType):
     "--dense", is_flag=True, help="Write full saliency tensors, as large as the model in fp32"
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that were made from something else")
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Measure nothing: tell all that is wrong with the recipe. With OUT_DIR, before the "
+    "pre-pass; without, before the merge",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
 @click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
 @click.option(
@@ -126,7 +137,7 @@ class DeviceMemory(ParamType):
     "--trust-remote-code", is_flag=True, help="Trust remote code from huggingface repos (danger)"
 )
 @click.version_option(__version__)
-def main(config: Path, out_dir: Path, **options: Any) -> None:
+def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **options: Any) -> None:
     """Measure the saliency of every expert in a merge recipe.
 
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
@@ -134,62 +145,92 @@ def main(config: Path, out_dir: Path, **options: Any) -> None:
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    if as_json and not check:
+        raise click.UsageError("--json does nothing without --check")
+    if out_dir is None and not check:
+        raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
-    if "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
+    if check:
+        _check(config, out_dir, as_json, options)
+    elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
         _measure(config, out_dir, options)
-        return
-    from mergekit_obim.calibration.ranks import joined
+    else:
+        from mergekit_obim.calibration.ranks import joined
 
-    with joined() as ranks:
-        _measure(config, out_dir, options, ranks)
+        with joined() as ranks:
+            _measure(config, out_dir, options, ranks)
+
+
+def _check(config: Path, out_dir: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+    """What the command does with --check."""
+    recipe, overrides, only = read_recipe(config), _overrides(options), options.pop("model")
+
+    from mergekit_obim import check as checking
+
+    verdict = checking.check(recipe, out_dir, _run_options(recipe, options), overrides, only)
+    click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
+    click.get_current_context().exit(1 if verdict.faults else 0)
 
 
 def _measure(
-    config: Path, out_dir: Path, options: dict[str, Any], ranks: Ranks | None = None
+    config: Path, out_dir: Path | None, options: dict[str, Any], ranks: Ranks | None = None
 ) -> None:
     """What the command does, in one process or in one of several."""
-    quiet = options.pop("quiet")
-    recipe = _read_recipe(config)
+    assert out_dir is not None
+    recipe = read_recipe(config)
 
     from mergekit_obim.calibration.spec import read_experts
 
-    overrides = {
-        name: options.pop(name) for name in ("samples", "max_length", "batch_size", "seed", "dtype")
-    }
-    experts = read_experts(recipe, overrides, only=options.pop("model"))
+    experts = read_experts(recipe, _overrides(options), only=options.pop("model"))
 
-    from transformers.utils.logging import disable_progress_bar
-
-    from mergekit_obim.calibration.options import RunOptions
+    from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import measure, prepare_expert
 
     ranks = ranks or Ranks()
-    # transformers shows a bar of its own for every model it loads; accelerate warns that
-    # offloaded weights are offloaded.
-    disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    options["device"] = _device(options["device"], ranks.local)
+    run_options = _run_options(recipe, options, ranks.local)
+    if faults := checking.recipe_faults(recipe):
+        raise RecipeError("; ".join(faults))
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
-    options["max_memory"] = dict(options["max_memory"])
-    run_options = RunOptions(quiet=quiet, merge_dtype=recipe.get("dtype"), **options)
     base = recipe.get("base_model")
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     prepared = ranks.machine_by_machine(
         lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
     )
+    for doubt in checking.doubts(prepared, base, run_options) if ranks.first else ():
+        click.echo(f"Warning: {doubt}", err=True)
     for number, one in enumerate(prepared, 1):
         measured = measure(one, run_options, ranks)
         if measured is None:
             continue  # the first process says it
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
-        if not quiet:
+        if not run_options.quiet:
             click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    names = ("samples", "max_length", "batch_size", "seed", "dtype")
+    return {name: options.pop(name) for name in names}
+
+
+def _run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
+    """Where and how to run, of the options that are left; ``number`` as in :func:`_device`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from mergekit_obim.calibration.options import RunOptions
+
+    # transformers shows a bar of its own for every model it loads; accelerate warns that
+    # offloaded weights are offloaded.
+    disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    options["device"] = _device(options["device"], number)
+    options["max_memory"] = dict(options["max_memory"])
+    return RunOptions(merge_dtype=recipe.get("dtype"), **options)
 
 
 def _device(asked: str | None, number: int) -> str:
@@ -212,7 +253,12 @@ def _device(asked: str | None, number: int) -> str:
     return device
 
 
-def _read_recipe(path: Path) -> Mapping[str, Any]:
+def read_recipe(path: Path) -> Mapping[str, Any]:
+    """A recipe as YAML has it.
+
+    Raises:
+        RecipeError: It is not YAML, or no mapping.
+    """
     import yaml
 
     try:

@@ -41,7 +41,8 @@ def sample_positions(numel: int) -> torch.Tensor:
     return torch.tensor([start + i for start in starts for i in range(_RUN_LENGTH)], device="cpu")
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
+def sample(tensor: torch.Tensor) -> torch.Tensor:
+    """The values at these positions, on the CPU: [at most 64], of the tensor's dtype."""
     positions = sample_positions(tensor.numel()).to(tensor.device)
     if tensor.is_contiguous():
         return tensor.detach().view(-1)[positions].cpu()
@@ -51,7 +52,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
     """Sample a floating-point weight of any shape, dtype, strides and device."""
-    values = _sample(tensor).contiguous().view(torch.uint8).numpy().tobytes()
+    values = sample(tensor).contiguous().view(torch.uint8).numpy().tobytes()
     return Fingerprint(
         dtype=str(tensor.dtype).removeprefix("torch."),
         shape=tuple(tensor.shape),
@@ -66,7 +67,7 @@ def matches(recorded: Fingerprint, tensor: torch.Tensor) -> bool:
     dtype = getattr(torch, recorded.dtype, None)
     if not isinstance(dtype, torch.dtype):
         return False
-    now = _sample(tensor)
+    now = sample(tensor)
     raw = bytearray(base64.b64decode(recorded.values))
     if len(raw) != now.numel() * dtype.itemsize:
         return False

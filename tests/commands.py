@@ -27,7 +27,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import checkpoints
-from mergekit_obim import cli
+from mergekit_obim import cli, cli_kinship, cli_report
 from mergekit_obim.methods import saliency
 from mergekit_obim.saliency_file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
@@ -41,6 +41,18 @@ Recipe = dict[str, Any]
 
 def obim_saliency(*args: object) -> Result:
     return _invoke(cli.main, args)
+
+
+def obim_card(*args: object) -> Result:
+    return _invoke(cli_report.card, args)
+
+
+def obim_kinship(*args: object) -> Result:
+    return _invoke(cli_kinship.kinship, args)
+
+
+def obim_report(*args: object) -> Result:
+    return _invoke(cli_report.report, args)
 
 
 def mergekit_yaml(*args: object) -> Result:

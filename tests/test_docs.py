@@ -35,7 +35,7 @@ from mergekit import merge_methods
 from mergekit.scripts import run_yaml
 
 from commands import obim_saliency, succeed, write_recipe
-from mergekit_obim import cli
+from mergekit_obim import cli, cli_kinship, cli_report
 from mergekit_obim.calibration.data import INPUT_FIELDS
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
 from mergekit_obim.methods import METHODS
@@ -167,6 +167,9 @@ class Reader:
 
 OPTIONS = {
     "obim-saliency": {option for p in cli.main.params for option in p.opts},
+    "obim-card": {option for p in cli_report.card.params for option in p.opts},
+    "obim-kinship": {option for p in cli_kinship.kinship.params for option in p.opts},
+    "obim-report": {option for p in cli_report.report.params for option in p.opts},
     "mergekit-yaml": {option for p in run_yaml.main.params for option in p.opts},
 }
 

@@ -143,6 +143,18 @@ def prepare_expert(
     return Prepared(expert, path, config, weights, data, wanted, kept, base_weights)
 
 
+def open_model(
+    reference: ModelReference, options: RunOptions, *, weights: bool = True
+) -> tuple[PretrainedConfig, LazyTensorLoader | None]:
+    """A model's configuration and, if asked for, its checkpoint, of which nothing is read yet.
+
+    Raises:
+        CalibrationError: It cannot be read, or is quantised.
+    """
+    config = _config(reference, options)
+    return config, _Weights(str(reference), reference, options).loader if weights else None
+
+
 def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured | None:
     """Run an expert over its calibration data and write its saliency file, unless it is there.
 

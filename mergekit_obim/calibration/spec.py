@@ -145,12 +145,43 @@ class Expert:
     reference: str | Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Found:
+    """The experts of a recipe, and all that is wrong with it as far as it is read here.
+
+    Attributes:
+        experts: Those with a calibration, in the recipe's order.
+        faults: One phrase each.
+        uncalibrated: Experts without calibration data, and what to do about it.
+    """
+
+    experts: list[Expert]
+    faults: list[str]
+    uncalibrated: dict[str, str]
+
+
 def read_experts(
     config: object,
     overrides: Mapping[str, Any] | None = None,
     only: Collection[str] = (),
 ) -> list[Expert]:
-    """The recipe's experts and their calibration, in the recipe's order.
+    """The recipe's experts and their calibration, in the recipe's order: :func:`find_experts`.
+
+    Raises:
+        RecipeError: with all that is wrong, in one line.
+    """
+    found = find_experts(config, overrides, only)
+    if found.faults or found.uncalibrated:
+        raise RecipeError("; ".join([*found.faults, *found.uncalibrated.values()]))
+    return found.experts
+
+
+def find_experts(
+    config: object,
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> Found:
+    """The recipe's experts and their calibration, in the recipe's order, and what is wrong.
 
     Experts are the models under ``models``, ``slices`` and ``modules`` but the base; one
     that stands in several slices is one expert.
@@ -161,15 +192,12 @@ def read_experts(
             values count as not given. ``samples`` holds for every source of a mixture.
         only: If not empty, the references of the experts to return. The others need no
             calibration.
-
-    Raises:
-        RecipeError: with all that is wrong, in one line.
     """
     if not isinstance(config, Mapping):
-        raise RecipeError(
-            f"the recipe is {_kind(config)}, not a mapping with merge_method, base_model and models"
-        )
+        fault = f"the recipe is {_kind(config)}, not a mapping with merge_method, base_model and "
+        return Found([], [fault + "models"], {})
     faults: list[str] = []
+    uncalibrated: dict[str, str] = {}
     found = _find_models(config, faults)
     if not found and not faults:
         faults.append("the recipe has no model besides the base: list the experts under models")
@@ -211,7 +239,7 @@ def read_experts(
             if own_faults:
                 faults += own_faults
             elif not _entries(merged):
-                faults.append(_no_data(model, entries))
+                uncalibrated[model] = _no_data(model, entries)
             elif merged_faults := _check(merged, f"{model}: calibration: "):
                 faults += merged_faults
             elif not option_faults:
@@ -220,9 +248,7 @@ def read_experts(
             faults.append(f"{model}: has two different calibrations; keep one of them")
         if calibrations:
             experts.append(Expert(model, calibrations[0], entries[0]["model"]))
-    if faults:
-        raise RecipeError("; ".join(dict.fromkeys(faults)))
-    return experts
+    return Found(experts, list(dict.fromkeys(faults)), uncalibrated)
 
 
 def reference_string(reference: object) -> str:

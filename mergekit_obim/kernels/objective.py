@@ -61,7 +61,7 @@ def objective(
                 memory(f"delta {k}"),
             )
             deltas.append(array(delta))
-            spare[...] = _h(candidate.criterion, deltas[k], block, base.shape)
+            spare[...] = h_of(candidate.criterion, deltas[k], block, base.shape)
             spare *= weight
             curvature += spare
             spare *= deltas[k]
@@ -71,7 +71,7 @@ def objective(
     return curvature, pull, deltas
 
 
-def _h(criterion: Criterion, delta: Array, block: Block, shape: torch.Size) -> Array | float:
+def h_of(criterion: Criterion, delta: Array, block: Block, shape: torch.Size) -> Array | float:
     """h in a block.
 
     A dense file holds s = δ²·h, so it knows h only where δ is not 0; elsewhere it counts as

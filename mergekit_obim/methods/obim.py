@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,13 +15,13 @@ from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
+from mergekit_obim.kernels.scores import Candidate
 from mergekit_obim.layers import rotate
 from mergekit_obim.methods.base import (
     ExpertMethod,
     base_of,
     candidates_of,
     check_objective_weights,
-    experts_of,
     objective_of,
     values_of,
 )
@@ -35,6 +38,40 @@ from mergekit_obim.methods.planning import PlannedInput
 
 # Densities such as 0.3333 and 0.6667 may add up to a little over 1.
 _DENSITY_SLACK = 1e-6
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """Whose element each position of a tensor takes.
+
+    Attributes:
+        candidates: The experts that take part, in the recipe's order.
+        owner: uint8, of the tensor's shape: indices into them, ``FREE`` for the base.
+        scales: λ · weight of each of them.
+        densities: Their shares; None where there are none.
+        order: The order in which they chose.
+    """
+
+    candidates: list[Candidate]
+    owner: torch.Tensor
+    scales: list[float]
+    densities: list[float] | None
+    order: Sequence[int]
+
+
+Observer = Callable[[TensorGroup, Mapping[str, Any], Assignment | None], None]
+
+_OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Within it, ``obim`` tells what it assigns, and merges nothing: its tensors have no values."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
 
 
 class Obim(ExpertMethod):
@@ -68,31 +105,38 @@ class Obim(ExpertMethod):
             return super().fallback(kind, parameters)
         return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
 
-    def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+    def assign(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Assignment | None:
+        """Give the positions of one tensor to the experts; None if no expert takes part."""
+        scale = parameters["lambda"]
         if parameters["assignment"] != "iterative":
-            return self._merge_by_objective(group, parameters)
+            # The weights are the objective's w_k here, so λ alone scales what is chosen.
+            candidates, weights = objective_of(group, parameters)
+            if not candidates:
+                return None
+            stretch = 1.0
+            if parameters["assignment"] == "nearest":
+                asked = parameters["stretch"]
+                stretch = stretch_to_one(weights) if asked is None else asked
+            owner = least_error_masks(candidates, weights, stretch)
+            return Assignment(candidates, owner, [scale] * len(candidates), None, ())
         candidates, densities = candidates_of(group, parameters)
         order: Sequence[int] = range(len(candidates))
         if parameters["order"] == "rotation":
             order = rotate(order, parameters["layer"] or 0)
         owner = exclusive_masks(candidates, densities, order)
-        scales = [w * parameters["lambda"] for w in values_of(group, parameters, "weight")]
-        return merge_owned(base_of(group), experts_of(group), owner, scales)
+        scales = [w * scale for w in values_of(group, parameters, "weight")]
+        return Assignment(candidates, owner, scales, densities, order)
 
-    def _merge_by_objective(
-        self, group: TensorGroup, parameters: Mapping[str, Any]
-    ) -> torch.Tensor:
-        # The weights are the objective's w_k here, so λ alone scales what is chosen.
-        candidates, weights = objective_of(group, parameters)
-        if not candidates:
-            return base_of(group).clone()
-        stretch = 1.0
-        if parameters["assignment"] == "nearest":
-            asked = parameters["stretch"]
-            stretch = stretch_to_one(weights) if asked is None else asked
-        owner = least_error_masks(candidates, weights, stretch)
-        scales = [parameters["lambda"]] * len(candidates)
-        return merge_owned(base_of(group), [c.expert for c in candidates], owner, scales)
+    def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+        base, assignment = base_of(group), self.assign(group, parameters)
+        observer = _OBSERVER.get()
+        if observer:
+            observer(group, parameters, assignment)
+            return base.new_empty(()).expand(base.shape)
+        if assignment is None:
+            return base.clone()
+        experts = [candidate.expert for candidate in assignment.candidates]
+        return merge_owned(base, experts, assignment.owner, assignment.scales)
 
 
 OBIM = Obim(

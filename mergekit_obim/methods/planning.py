@@ -16,6 +16,8 @@ import logging
 import sys
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -33,10 +35,11 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_obim.errors import RecipeError
+from mergekit_obim.errors import ObimError, RecipeError
 from mergekit_obim.layers import layer_indices
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
+from mergekit_obim.relation import relate
 from mergekit_obim.saliency_file import SaliencyFile
 from mergekit_obim.saliency_store import check_measured_on
 
@@ -123,10 +126,14 @@ class PlannedMethod(GroupMergeMethod):
 
 
 @dataclass
-class _Fallbacks:
-    """Tensors without a saliency, to be named in one warning per model and what becomes of them."""
+class Fallbacks:
+    """Tensors without a saliency, to be named in one warning per model and what becomes of them.
 
-    found: dict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))
+    Attributes:
+        found: By the model and what becomes of them, the tensors' names, and why there is none.
+    """
+
+    found: dict[tuple[str, str], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     def warn(self) -> None:
         for (model, what), names in self.found.items():
@@ -141,8 +148,49 @@ class _Fallbacks:
         self.found.clear()
 
 
+@dataclass
+class Findings:
+    """What is to be said of a recipe, all of it, where a merge ends with the first fault.
+
+    Attributes:
+        faults: By what was found wherever it was, the first error and how many more there are.
+        fallbacks: Tensors without saliency.
+    """
+
+    faults: dict[str, tuple[ObimError, int]] = field(default_factory=dict)
+    fallbacks: Fallbacks = field(default_factory=Fallbacks)
+
+    def add(self, error: ObimError, tensor: str | None) -> None:
+        """Note a fault; the same one of many tensors is noted once."""
+        what = error.message.replace(tensor, "") if tensor else error.message
+        first, more = self.faults.get(what, (error, -1))
+        self.faults[what] = first, more + 1
+
+
+_FINDINGS: ContextVar[Findings | None] = ContextVar("findings", default=None)
+
+
+@contextmanager
+def finding_all() -> Iterator[Findings]:
+    """Within it, planning notes the faults that it would otherwise end with, and goes on."""
+    findings = Findings()
+    token = _FINDINGS.set(findings)
+    try:
+        yield findings
+    finally:
+        _FINDINGS.reset(token)
+
+
+def _refuse(error: ObimError, tensor: str | None = None) -> None:
+    """End planning with an error, or note it if every one is wanted."""
+    findings = _FINDINGS.get()
+    if findings is None:
+        raise error
+    findings.add(error, tensor)
+
+
 # mergekit-pytorch plans tensor by tensor: what it found is told when the first is merged.
-UNWARNED = _Fallbacks()
+UNWARNED = Fallbacks()
 
 
 def _plan_tensor(
@@ -150,24 +198,33 @@ def _plan_tensor(
     output: str | None,
     inputs: Sequence[PlannedInput],
     parameters: Mapping[str, Any],
-    fallbacks: _Fallbacks,
+    fallbacks: Fallbacks,
 ) -> dict[Hashable, str]:
     """Check one tensor's parameters and saliency; returns the name to look each expert up by."""
-    method.check_tensor(output, inputs, parameters)
+    try:
+        method.check_tensor(output, inputs, parameters)
+    except ObimError as error:
+        _refuse(error, output)
     fate = method.fallback(parameters["unscored"], parameters)
     chosen = {}
     for i in inputs:
         chosen[i.model] = i.names[0]
         if i.parameters["criterion"] != "saliency":
             continue
-        file = saliency_of(i.model, i.parameters["saliency"])
-        name = next((name for name in i.names if name in file), None)
-        if name is not None:
-            chosen[i.model] = name
-            if i.weight is not None:
-                check_shape(file, name, file.shapes[name], tuple(i.weight.shape), i.model)
-        elif i.weight is None or i.weight.is_floating_point():
-            fallbacks.found[str(i.model), fate].append(i.names[0])
+        try:
+            file = saliency_of(i.model, i.parameters["saliency"])
+            name = next((name for name in i.names if name in file), None)
+            if name is not None:
+                chosen[i.model] = name
+                if i.weight is not None:
+                    check_shape(file, name, file.shapes[name], tuple(i.weight.shape), i.model)
+            elif i.weight is None or i.weight.is_floating_point():
+                unscored = file.metadata.unscored
+                reasons = [unscored[name] for name in i.names if name in unscored]
+                reason = reasons[0] if reasons else "its saliency file has no entry for it"
+                fallbacks.found[str(i.model), fate][i.names[0]] = reason
+        except ObimError as error:
+            _refuse(error, i.names[0])
     return chosen
 
 
@@ -178,7 +235,7 @@ def _plan_in_memory(
 ) -> list[dict[str, Any]]:
     """What the planners do, for mergekit's Python API."""
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
-    fallbacks = _Fallbacks()
+    fallbacks = Fallbacks()
     planned = []
     for group, values in zip(groups, parameters, strict=True):
         name = group.metadata.name
@@ -243,6 +300,8 @@ def _checked_plan_module(original: Any) -> Any:
         original(planner, module_name, definition)
         if planner._method.reads_saliency:
             planner._tensors[first:] = _plan_tasks(planner._method, planner._tensors[first:])
+        if not _FINDINGS.get():
+            _warn_of_strangers(planner._tensors[first:])
 
     return plan_module
 
@@ -257,9 +316,11 @@ def _check_recipe(method: PlannedMethod, config: Any, definition: Any) -> None:
         for source in output_slice.sources:
             # The planner adds a base that is not listed without naming its parameters.
             if source.model == base and "parameters" in source.model_fields_set:
-                raise RecipeError(
-                    f"the base {base} is also listed among the experts: list it as base_model "
-                    "only; its own weights are what the experts are compared with"
+                _refuse(
+                    RecipeError(
+                        f"the base {base} is also listed among the experts: list it as base_model "
+                        "only; its own weights are what the experts are compared with"
+                    )
                 )
             _check_settings(
                 method, f"model {source.model}", source.parameters, ParameterScope.NON_BASE
@@ -267,25 +328,46 @@ def _check_recipe(method: PlannedMethod, config: Any, definition: Any) -> None:
 
 
 def _check_settings(
-    method: MergeMethod, where: str, settings: Mapping[str, Any] | None, scope: ParameterScope
+    method: MergeMethod, where: str, settings: dict[str, Any] | None, scope: ParameterScope
 ) -> None:
+    for name, error in list(setting_faults(method, where, settings, scope)):
+        _refuse(error)
+        assert settings is not None
+        settings.pop(name, None)  # so that what it is in the way of can be found too
+
+
+def setting_faults(
+    method: MergeMethod, where: str, settings: Mapping[str, Any] | None, scope: ParameterScope
+) -> Iterator[tuple[str, RecipeError]]:
+    """What is wrong with the parameters that stand in one place of a recipe.
+
+    Args:
+        method: The recipe's method.
+        where: The place, for the message.
+        settings: What stands there.
+        scope: Whose parameters may stand there.
+
+    Yields:
+        The parameter's name, and the error.
+    """
     known = {p.name: p for p in method.spec.parameters if p.name not in PLANNED}
     for name, setting in (settings or {}).items():
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-            raise RecipeError(f"{where}: {method.spec.name} has no parameter {name!r}; {hint}")
+            message = f"{where}: {method.spec.name} has no parameter {name!r}; {hint}"
+            yield name, RecipeError(message)
+            continue
         # Per-expert parameters may stand under `parameters`, for all; not the reverse.
         if scope == ParameterScope.NON_BASE and known[name].scope == ParameterScope.SHARED:
-            raise RecipeError(
-                f"{where}: parameter {name} is shared by all models: move it to the recipe's "
-                "own `parameters`"
-            )
+            message = f"{where}: parameter {name} is shared by all models: move it to the recipe's "
+            yield name, RecipeError(message + "own `parameters`")
+            continue
         for value in _leaves(setting):
             try:
                 known[name].validate(value)
             except RecipeError as error:
-                raise RecipeError(f"{where}: {error.message}") from error
+                yield name, RecipeError(f"{where}: {error.message}")
 
 
 def _leaves(setting: Any) -> Iterator[Any]:
@@ -303,8 +385,9 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
     from mergekit.io.tasks import LoaderCache
 
     layers = layer_indices(weight.name for weight, _ in planned)
-    fallbacks = _Fallbacks()
-    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    findings = _FINDINGS.get()
+    fallbacks = findings.fallbacks if findings else Fallbacks()
+    verified: dict[tuple[ModelReference, Any], bool] = {}
     result = []
     for weight, task in planned:
         vocabulary = task.gather_tensors
@@ -316,7 +399,8 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
             info = gather.weight_info[model]
             loader = LoaderCache().get(model)
             parameters = dict(task.input_parameters[model].items())
-            _verify_once(verified, loader, model, parameters)
+            if not _verified_once(verified, loader, model, parameters):
+                parameters["criterion"] = "magnitude"  # nothing is merged: see `finding_all`
             names = _possible_names(info)
             stored = _stored_name(loader, info)
             if stored and stored not in (info.tied_names or ()):
@@ -339,9 +423,25 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         fields |= {"parameters": values, "input_parameters": {**per_expert, task.base_model: {}}}
         result.append((weight, type(task)(**fields)))
-    fallbacks.warn()
+    if not findings:
+        fallbacks.warn()
     LoaderCache().flush_all()
     return result
+
+
+def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
+    """Say which experts do not look like fine-tunes of their base; see ``relation``."""
+    from mergekit.io.tasks import LoaderCache
+
+    families: dict[ModelReference, dict[str, LazyTensorLoader]] = defaultdict(dict)
+    for _, task in planned:
+        for model in task.model_order:
+            if model != task.base_model:
+                families[task.base_model][str(model)] = LoaderCache().get(model)
+    for base, experts in families.items():
+        relation = relate(str(base), LoaderCache().get(base), experts)
+        for line in (*relation.faults(), *relation.doubts()):
+            LOG.warning(line)
 
 
 def _stored(loader: LazyTensorLoader, name: str) -> torch.Tensor:
@@ -360,18 +460,28 @@ def _stored_name(loader: LazyTensorLoader, info: Any) -> str | None:
     return next((name for name in _possible_names(info) if name in paths), None)
 
 
-def _verify_once(
-    verified: set[tuple[ModelReference, SaliencyFile]],
+def _verified_once(
+    verified: dict[tuple[ModelReference, Any], bool],
     loader: LazyTensorLoader,
     model: ModelReference,
     parameters: Mapping[str, Any],
-) -> None:
+) -> bool:
+    """Whether an expert's saliency file is there and of its weights; refused if it is not."""
     if parameters["criterion"] != "saliency":
-        return
-    file = saliency_of(model, parameters["saliency"])
-    if (model, file) not in verified:
-        check_measured_on(file, str(model), loader.index.tensor_paths, partial(_stored, loader))
-        verified.add((model, file))
+        return True
+    key = model, parameters["saliency"]
+    if not verified.get(key, True):
+        return False
+    try:
+        file = saliency_of(model, parameters["saliency"])
+        if (model, file) not in verified:
+            check_measured_on(file, str(model), loader.index.tensor_paths, partial(_stored, loader))
+            verified[model, file] = True
+    except ObimError as error:
+        _refuse(error)
+        verified[key] = False
+        return False
+    return True
 
 
 def _vocabulary_rows(task: Any, weight: Any, i: PlannedInput, name: str) -> VocabularyRows | None:
@@ -425,7 +535,7 @@ def _tokenizer_info(task: Any) -> Any:
 def _checked_param_dicts(original: Any, module: Any) -> Any:
     """The same for mergekit-pytorch, whose outputs have their inputs' names."""
     layers = functools.lru_cache(maxsize=1)(layer_indices)
-    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    verified: dict[tuple[ModelReference, Any], bool] = {}
 
     @functools.wraps(original)
     def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:
@@ -450,7 +560,7 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
             loader = loaders.get(model.model.path)
             if loader is None or model.model.path == config.base_model:
                 continue
-            _verify_once(verified, loader, model, parameters)
+            _verified_once(verified, loader, model, parameters)
             tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
             inputs.append(PlannedInput(model, (tensor_name,), tensor, parameters))
         present = [i for i in inputs if i.weight is not None]

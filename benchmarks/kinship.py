@@ -1,0 +1,84 @@
+"""Top-k greedy merging with kinship, whole: what docs/kinship.md shows.
+
+    python -m benchmarks.kinship --out .cache/demo
+
+Trains the models of benchmarks/demo.py, unless they are there, and then does what a user of
+`obim-kinship --plan` does: merges each generation by mergekit-yaml, scores every model (minus the
+mean held-out loss over the three tasks), and goes on until the plan ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # as in benchmarks.demo
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import transformers
+import yaml
+
+from benchmarks.corpus import TASKS, load_corpus
+from benchmarks.demo import DEMO, Settings, load, mean, train_models
+from benchmarks.tiny_llama import held_out_loss, stream
+
+
+def run(settings: Settings, folder: Path) -> list[str]:
+    """Train, measure kinship, and evolve; returns the last command's lines."""
+    corpus = load_corpus(settings.train_chars)
+    train_models(settings, corpus, folder)
+    streams = [stream(corpus[task]["test"]) for task in TASKS]
+    models = " ".join(f"models/{task}" for task in TASKS)
+    shutil.rmtree(folder / "plan", ignore_errors=True)
+    command(f"obim-kinship {models} --base models/base --quiet", folder)
+    lines = command(
+        f"obim-kinship {models} --base models/base --plan plan --top-k 2 --quiet", folder
+    )
+    scores: dict[str, float] = {}
+    while not lines[-1].startswith("It ends"):
+        for line in lines:
+            if line.startswith("mergekit-yaml"):
+                command(line.partition("#")[0] + " --quiet --no-copy-tokenizer", folder)
+        known = yaml.safe_load((folder / "plan/scores.yml").read_text())
+        for name in known:
+            if name not in scores:
+                model = load(folder / (name if "/" in name else f"plan/{name}"))
+                losses = [
+                    held_out_loss(model, tokens, settings.windows, settings.expert.context)
+                    for tokens in streams
+                ]
+                scores[name] = round(-mean(losses), 5)
+                print(f"# {name}: {scores[name]}")
+        (folder / "plan/scores.yml").write_text(yaml.safe_dump(scores, sort_keys=False))
+        lines = command("obim-kinship --plan plan --quiet", folder)
+    return lines
+
+
+def command(line: str, folder: Path) -> list[str]:
+    """Run a command of this virtual environment in a folder, and show it with what it prints."""
+    print(f"$ {line}", flush=True)
+    program, *arguments = shlex.split(line)
+    path = Path(sys.executable).with_name(program)
+    done = subprocess.run(
+        [str(path), *arguments], cwd=folder, check=True, capture_output=True, text=True
+    )
+    print(done.stdout, end="", flush=True)
+    return done.stdout.splitlines() or [""]
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path(".cache/demo"), help="where files go")
+    transformers.utils.logging.disable_progress_bar()
+    run(DEMO, parser.parse_args().out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""What would go wrong with a recipe, all of it, before anything is loaded.
+
+``keys``      the recipe as it is written
+``models``    what its models are to each other, and what the planner makes of them
+``estimate``  what it will cost
+
+The rules are those of who applies them: mergekit's planner with our planning in it, the
+pre-pass's own preparations, and a sample of the weights (``mergekit_obim.relation``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from mergekit.common import ModelReference, dtype_from_name
+from mergekit.config import MergeConfiguration
+
+from mergekit_obim.calibration.options import RunOptions
+from mergekit_obim.calibration.ranks import Ranks
+from mergekit_obim.calibration.run import Prepared, open_model, prepare_expert
+from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
+from mergekit_obim.check.estimate import merge_cost, prepass_cost
+from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
+from mergekit_obim.check.models import (
+    Model,
+    absent,
+    check_models,
+    check_plan,
+    experts_of,
+    open_models,
+)
+from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.errors import ObimError, one_line
+from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.planned import read_config
+from mergekit_obim.relation import relate
+
+
+def recipe_faults(recipe: Mapping[str, Any]) -> list[str]:
+    """The cheap part, for the pre-pass: keys and parameters, from the recipe alone."""
+    faults, _ = unknown_keys(recipe)
+    try:
+        config = read_config(recipe)
+        return [*faults, *wrong_settings(config, method_of(config))]
+    except (ObimError, ValueError) as error:
+        return [*faults, one_line(error)]
+
+
+def doubts(
+    prepared: Collection[Prepared], base_model: object, options: RunOptions
+) -> Iterator[str]:
+    """What the pre-pass says of experts beside their base, if the base's weights are here."""
+    if not base_model:
+        return
+    base = ModelReference.model_validate(base_model)
+    if absent(base, options):
+        return
+    _, weights = open_model(base, options)
+    if weights is not None:
+        experts = {one.expert.model: one.weights.loader for one in prepared}
+        relation = relate(str(base), weights, experts)
+        yield from relation.faults()
+        yield from relation.doubts()
+
+
+def check(
+    recipe: Mapping[str, Any],
+    out_dir: Path | None,
+    options: RunOptions,
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> Verdict:
+    """Check a recipe for the merge, or for the pre-pass before it.
+
+    Args:
+        recipe: As ``yaml.safe_load`` gives it.
+        out_dir: Where the pre-pass is going to write. Then a saliency file that it will make
+            may be missing; otherwise the merge is to come, and calibration may be missing.
+        options: Of the pre-pass.
+        overrides: The calibration that was set by options.
+        only: The experts to measure, all if empty.
+    """
+    verdict = Verdict()
+    misspelt, ignored = unknown_keys(recipe)
+    verdict.faults += misspelt
+    verdict.warnings += ignored
+    found = find_experts(recipe, overrides, only)
+    verdict.faults += found.faults
+    try:
+        config = read_config(recipe)
+        method = method_of(config)
+    except (ObimError, ValueError) as error:
+        verdict.faults += [*found.uncalibrated.values(), one_line(error)]
+        return verdict
+    verdict.faults += wrong_settings(config, method)
+    if not isinstance(method, PlannedMethod):
+        verdict.warnings.append(
+            f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
+        )
+    models = open_models(config, options, verdict)
+    check_models(config, models, verdict)
+    missing = check_plan(config, models, out_dir, options, verdict)
+    to_measure = [
+        expert for expert in found.experts if out_dir is not None or _names(missing, expert.model)
+    ]
+    for model, line in found.uncalibrated.items():
+        # Whose saliency is there needs no calibration any more.
+        if out_dir is not None or _names(missing, model):
+            verdict.faults.append(line)
+    tokens = _check_calibration(to_measure, recipe, models, out_dir, options, verdict)
+    _estimate(config, to_measure, tokens, models, options, verdict)
+    verdict.faults = list(dict.fromkeys(verdict.faults))
+    verdict.warnings = list(dict.fromkeys(verdict.warnings))
+    return verdict
+
+
+def _names(lines: Collection[str], model: str) -> bool:
+    return any(f"model {model}:" in line for line in lines)
+
+
+def _check_calibration(
+    experts: Collection[Expert],
+    recipe: Mapping[str, Any],
+    models: Mapping[ModelReference, Model],
+    out_dir: Path | None,
+    options: RunOptions,
+    verdict: Verdict,
+) -> int:
+    """Prepare the experts as the pre-pass does; returns how many tokens there are, at most."""
+    tokens = 0
+    with TemporaryDirectory() as nowhere:
+        for expert in experts:
+            calibration = expert.calibration
+            most = sum(source.samples for source in calibration.sources) * calibration.max_length
+            reference = ModelReference.model_validate(expert.reference)
+            model = models.get(reference)
+            elsewhere = [s.data for s in calibration.sources if not is_local_file(s.data)]
+            if elsewhere:
+                verdict.warnings.append(
+                    f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
+                    "pre-pass will read it"
+                )
+            if elsewhere or model is None or model.weights is None:
+                tokens += most
+                continue
+            try:
+                prepared = prepare_expert(
+                    expert, recipe.get("base_model"), out_dir or Path(nowhere), options, Ranks()
+                )
+            except ObimError as error:
+                verdict.faults.append(error.message)
+                continue
+            verdict.warnings += [f"model {expert.model}: {w}" for w in prepared.data.warnings]
+            tokens += 0 if prepared.kept else prepared.data.tokens
+    return tokens
+
+
+def _estimate(
+    config: MergeConfiguration,
+    to_measure: Collection[Expert],
+    tokens: int,
+    models: Mapping[ModelReference, Model],
+    options: RunOptions,
+    verdict: Verdict,
+) -> None:
+    weights = next((model.weights for model in models.values() if model.weights), None)
+    base = models.get(config.base_model) if config.base_model else None
+    weights = base.weights if base and base.weights else weights
+    if weights is None:
+        return
+    tensors = {name: weights.get_tensor(name) for name in weights.index.tensor_paths}
+    shapes = {name: list(t.shape) for name, t in tensors.items() if t is not None}
+    stored = next(t.dtype for t in tensors.values() if t is not None and t.is_floating_point())
+    experts = len(experts_of(config))
+    if to_measure:
+        asked = {e.calibration.dtype for e in to_measure}
+        verdict.cost["obim-saliency"] = prepass_cost(
+            shapes,
+            len(to_measure),
+            tokens,
+            dtype_from_name(asked.pop()) or stored if len(asked) == 1 else stored,
+            tied="lm_head.weight" not in shapes and "embed_out.weight" not in shapes,
+            dense=options.dense,
+            device=options.device,
+        )
+    try:
+        merged = dtype_from_name(config.dtype) or stored
+        written = dtype_from_name(config.out_dtype) or merged
+    except RuntimeError as error:
+        verdict.faults.append(
+            f"dtype: {one_line(error)}; mergekit knows float32, bfloat16, float16"
+        )
+        return
+    verdict.cost["mergekit-yaml"] = merge_cost(shapes, experts, merged, written)

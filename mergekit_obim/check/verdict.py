@@ -1,0 +1,68 @@
+"""What a check found, for people and for machines."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mergekit_obim.check.estimate import Cost
+
+
+@dataclass
+class Verdict:
+    """What a check found.
+
+    Attributes:
+        faults: What makes one of the commands fail, or its result pointless; a line each.
+        warnings: What is unusual, or was not looked at.
+        fallbacks: Tensors that have no saliency: model, what becomes of them, tensors with why.
+        cost: Of both commands, as far as it can be said.
+    """
+
+    faults: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    fallbacks: list[dict[str, Any]] = field(default_factory=list)
+    cost: dict[str, Cost] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """For machines: also whether it is all right."""
+        return json.dumps({"ok": not self.faults, **asdict(self)}, indent=2)
+
+    def lines(self) -> list[str]:
+        """For people: a line each."""
+        lines = [f"Fault: {line}" for line in self.faults]
+        lines += [f"Warning: {line}" for line in self.warnings]
+        for fallback in self.fallbacks:
+            for reason, count in Counter(fallback["tensors"].values()).items():
+                names = [name for name, why in fallback["tensors"].items() if why == reason]
+                lines.append(
+                    f"Without saliency: model {fallback['model']}: {count} tensor"
+                    f"{'s' * (count > 1)}, {fallback['fate']}, as {reason}: {', '.join(names)}"
+                )
+        for command, cost in self.cost.items():
+            lines.append(
+                f"{command}: about {_size(cost.disk)} of disk, {_size(cost.memory)} of memory, "
+                f"{_duration(cost.seconds)} (rough)"
+            )
+        faults, warnings = len(self.faults), len(self.warnings)
+        lines.append(
+            f"{faults or 'no'} fault{'s' * (faults != 1)}, "
+            f"{warnings or 'no'} warning{'s' * (warnings != 1)}"
+        )
+        return lines
+
+
+def _size(count: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,173 @@
+"""What an assignment of positions keeps of each expert, counted and weighed. On a CPU.
+
+The paper's objective (equation 6) says what a layer loses: with the merged task vector δ_M,
+expert k's output error is predicted as Σ_ij h_kj (δ_M − δ_k)²_ij, which is Σ s_k where the
+base is left, and 0 where the expert's element is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mergekit_obim.kernels.blocks import Block, blocks, scratch
+from mergekit_obim.kernels.exclusive import keep_count
+from mergekit_obim.kernels.masked import array
+from mergekit_obim.kernels.objective import h_of
+from mergekit_obim.kernels.scores import Candidate, task_vector, working_dtype
+from mergekit_obim.kernels.selection import FREE
+
+
+@dataclass
+class Tally:
+    """Sums over positions, which add up over tensors; float64.
+
+    Attributes:
+        owned: How many positions each expert has, and last the base, [K + 1].
+        saliency: Σ s_k of expert k (row) over the positions that each expert, and last the
+            base, has (column), [K, K + 1].
+        error: Σ h_k (δ_M − δ_k)² of each expert, [K].
+        sums: Σ δ_k, [K].
+        products: Σ δ_j δ_k, [K, K].
+    """
+
+    owned: np.ndarray
+    saliency: np.ndarray
+    error: np.ndarray
+    sums: np.ndarray
+    products: np.ndarray
+
+    @classmethod
+    def zero(cls, experts: int) -> Tally:
+        """Of no position."""
+        return cls(
+            np.zeros(experts + 1),
+            np.zeros((experts, experts + 1)),
+            np.zeros(experts),
+            np.zeros(experts),
+            np.zeros((experts, experts)),
+        )
+
+
+def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence[float]) -> Tally:
+    """Count and weigh one tensor's assignment.
+
+    Within a block of 2¹⁸ positions sums are taken in the working dtype, which leaves about six
+    digits; then in float64.
+
+    Args:
+        candidates: The K experts' tensors; their criterion says what h is, 1 if it has none.
+        owner: uint8, of the tensors' shape: whose element a position takes, ``FREE`` for the base.
+        scales: What each expert's δ is multiplied by where it is taken.
+    """
+    total = Tally.zero(len(candidates))
+    base = candidates[0].base
+    dtype = working_dtype(base.dtype)
+
+    def rows(name: str, count: int, size: int) -> np.ndarray:
+        matrix: np.ndarray = array(scratch(name, count * size, dtype, base.device))
+        return matrix.reshape(count, size)
+
+    for block in blocks(base.shape, base.device):
+        start = block.of(base)
+        shape, size = start.shape, start.numel()
+        delta, s, mask = (rows(f"tally {name}", len(candidates) + 1, size) for name in "dsm")
+        spare, ones = rows("tally spare", 2, size)
+        ones[...] = 1
+        owned = array(block.of(owner)).reshape(-1)
+        merged, squares = delta[-1], s[-1]  # δ_M and its square
+        merged[...] = 0
+        for k, candidate in enumerate(candidates):
+            task_vector(block.of(candidate.expert), start, torch.from_numpy(delta[k]))
+            mask[k] = owned == k
+            np.multiply(delta[k], mask[k], out=spare)
+            if scales[k] != 1:
+                spare *= scales[k]
+            merged += spare
+        mask[-1] = owned == FREE
+        np.multiply(merged, merged, out=squares)
+        columns = squares.reshape(shape).sum(0).reshape(-1)
+        total.owned += [np.count_nonzero(row) for row in mask]
+        for k, candidate in enumerate(candidates):
+            h = h_of(candidate.criterion, delta[k].reshape(shape), block, base.shape)
+            # torch broadcasts a row seven times as fast as numpy.
+            torch.mul(
+                torch.from_numpy(delta[k]).view(shape),
+                torch.as_tensor(h),
+                out=torch.from_numpy(spare).view(shape),
+            )
+            np.multiply(delta[k], spare, out=s[k])
+            # Products of vectors, one by one: a matrix product of few rows took twice as long.
+            by_owner = np.array([float(s[k] @ row) for row in mask])
+            total.saliency[k] += by_owner
+            total.sums[k] += float(delta[k] @ ones)
+            total.products[k, : k + 1] += [float(delta[k] @ delta[other]) for other in range(k + 1)]
+            # Σ h (δ_M − δ)² = Σ h δ_M² − 2 Σ h δ δ_M + Σ s.
+            error = by_owner.sum() - 2 * float(spare @ merged)
+            if isinstance(h, np.ndarray) and h.strides[0] == 0:  # the same h in each row
+                total.error[k] += error + float(columns @ h[0].reshape(-1))
+            else:
+                total.error[k] += error + float((squares.reshape(shape) * h).sum())
+    total.products += np.tril(total.products, -1).T
+    # What should be 0 may be a little less, by rounding.
+    np.maximum(total.error, 0, out=total.error)
+    return total
+
+
+def wishes(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.ndarray:
+    """How many experts want each position of a small tensor, as if each were alone: [n].
+
+    Args:
+        candidates: The K experts' tensors, [n].
+        densities: n_k, the share of best positions that an expert wants.
+    """
+    n = candidates[0].base.numel()
+    wanted = np.zeros(n, dtype=int)
+    for candidate, density in zip(candidates, densities, strict=True):
+        wanted[_ranked(candidate)[: keep_count(density, n)]] += 1
+    return wanted
+
+
+def _ranked(candidate: Candidate) -> np.ndarray:
+    """Positions from the best; ties go to the lowest index; what scores zero is left out."""
+    scores = array(candidate.scores(Block((slice(0, candidate.base.numel()),), 0)))
+    best: np.ndarray = np.argsort(-scores, kind="stable")[: np.count_nonzero(scores)]
+    return best
+
+
+def outcomes(
+    candidates: Sequence[Candidate],
+    scales: Sequence[float],
+    settings: Iterable[tuple[Sequence[float], Sequence[int]]],
+) -> Iterator[Tally]:
+    """What :func:`exclusive_masks` and :func:`tally` give, for many settings of a small tensor.
+
+    Its scores are sorted once, where the masks of a large tensor never sort.
+
+    Args:
+        candidates: The K experts' tensors, [n].
+        scales: What each expert's δ is multiplied by where it is taken.
+        settings: Densities n_k, and a merging order.
+    """
+    n = candidates[0].base.numel()
+    whole = Block((slice(0, n),), 0)
+    delta, h = np.zeros((len(candidates), n)), np.ones((len(candidates), n))
+    ranked = [_ranked(candidate) for candidate in candidates]
+    for k, candidate in enumerate(candidates):
+        delta[k] = array(task_vector(candidate.expert, candidate.base))
+        h[k] = h_of(candidate.criterion, delta[k], whole, candidate.base.shape)
+    s = h * delta**2
+    taken = np.append(delta * np.asarray(scales)[:, None], np.zeros((1, n)), axis=0)
+    sums, products = delta.sum(1), delta @ delta.T
+    base, here = len(candidates), np.arange(n)
+    for densities, order in settings:
+        owner = np.full(n, base)
+        for k in order:
+            free = ranked[k][owner[ranked[k]] == base]
+            owner[free[: keep_count(densities[k], n)]] = k
+        mask = (owner == np.arange(base + 1)[:, None]).astype(float)
+        error = (h * (taken[owner, here] - delta) ** 2).sum(1)
+        yield Tally(mask.sum(1), s @ mask.T, error, sums, products)

@@ -1,0 +1,59 @@
+"""A recipe as mergekit plans it: every tensor's inputs and parameters, with nothing merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mergekit.architecture import get_architecture_info
+from mergekit.config import MergeConfiguration
+from mergekit.io.tasks import LoaderCache, SaveTensor
+from mergekit.options import MergeOptions
+from mergekit.plan import MergePlanner
+from pydantic import ValidationError
+
+import mergekit_obim
+from mergekit_obim.errors import ObimError, RecipeError, one_line
+
+
+def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
+    """A recipe by mergekit's own schema.
+
+    Args:
+        recipe: As ``yaml.safe_load`` gives it.
+
+    Raises:
+        RecipeError: mergekit would not take it.
+    """
+    mergekit_obim.register()
+    try:
+        return MergeConfiguration.model_validate(recipe)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise RecipeError("the recipe: " + "; ".join(faults)) from error
+    except RuntimeError as error:
+        raise RecipeError(f"the recipe: {one_line(error)}") from error
+
+
+def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, Any]]:
+    """Every output tensor's weight info and mergekit's task for it, in the order of the merge.
+
+    Raises:
+        ObimError: The recipe or the models cannot be merged; whatever mergekit raises, in a line.
+    """
+    LoaderCache().setup(options=options)
+    try:
+        info = get_architecture_info(config, options)
+        # Of the merged model's configuration only the architecture matters here, not the layers.
+        like = config.base_model or config.referenced_models()[0]
+        out = like.config(trust_remote_code=options.trust_remote_code)
+        # The planner rewrites the recipe that it is given.
+        planner = MergePlanner(config.model_copy(deep=True), info, options, out)
+        # Nothing is written before a task is run; `plan_in_memory` fails in mergekit 0.1.5.
+        tasks = planner.plan_to_disk("")
+    except ObimError:
+        raise
+    except Exception as error:  # mergekit, transformers and the Hub raise many kinds
+        raise RecipeError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+    planned: list[Any] = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
+    return [(task.output_weight, task) for task in planned]

@@ -1,0 +1,148 @@
+"""An account in plain numbers: what ``obim-report --json`` prints, and what the page shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from mergekit.config import MergeConfiguration
+
+from mergekit_obim import __version__
+from mergekit_obim.kernels.tally import Tally
+from mergekit_obim.kinship import measures
+from mergekit_obim.report.gather import Account, TensorTally, summed
+
+
+def summarize(account: Account) -> dict[str, Any]:
+    """Everything in the report, in types that JSON has.
+
+    Positions are counts. Lists over owners have the experts in the recipe's order and the base
+    last. ``kept``, ``overwritten`` and ``dropped`` are shares of an expert's own saliency Σ s_k,
+    and sum to 1; ``error`` is the predicted error of the layers' outputs, Σ h_k (δ_M − δ_k)², as a
+    share of what the base would make, so 0 is the expert itself and 1 the base. They cover the
+    tensors that every expert has a saliency for, or where there is none all tensors with h = 1.
+    """
+    measured = account.measured()
+    config, kinship = account.config, account.kinship()
+    weighed = measured or account.tensors
+    return {
+        "mergekit_obim_version": __version__,
+        "base": str(config.base_model),
+        "experts": account.experts,
+        "parameters": _parameters(config),
+        "elements": sum(tensor.elements for tensor in account.tensors),
+        "owned": _counts(account.total().owned),
+        "contested": _contested(account.tensors),
+        "measured": bool(measured),
+        "experts_total": _shares(summed((t.tally for t in weighed), len(account.experts))),
+        "layers": [
+            {
+                "place": place,
+                "elements": sum(tensor.elements for tensor in tensors),
+                "owned": _counts(summed((t.tally for t in tensors), len(account.experts)).owned),
+                "contested": _contested(tensors),
+                "experts": _shares(
+                    summed(
+                        (t.tally for t in tensors if not measured or t in measured),
+                        len(account.experts),
+                    )
+                ),
+            }
+            for place, tensors in _grouped(account.tensors, lambda t: t.place)
+        ],
+        "cells": [
+            {
+                "place": place,
+                "kind": kind,
+                "elements": sum(tensor.elements for tensor in tensors),
+                "owned": _counts(summed((t.tally for t in tensors), len(account.experts)).owned),
+            }
+            for (place, kind), tensors in _grouped(account.tensors, lambda t: (t.place, t.kind))
+        ],
+        "curve": [
+            {"order": order, "density": share, "experts": _shares(tally)}
+            for (order, share), tally in account.curve.items()
+        ],
+        "densities": account.densities,
+        "kinship": measures(kinship),
+        "fallbacks": _fallbacks(account),
+        "copied": account.copied,
+        "calibration": account.calibration,
+        "differing": account.differing,
+        "tensors": [
+            {
+                "name": tensor.name,
+                "layer": tensor.layer,
+                "elements": tensor.elements,
+                "ranked": tensor.ranked,
+                "owned": _counts(tensor.tally.owned),
+                "contested": _contested([tensor]),
+                "saliency": tensor.tally.saliency.tolist(),
+                "error": tensor.tally.error.tolist(),
+            }
+            for tensor in account.tensors
+        ],
+    }
+
+
+def _parameters(config: MergeConfiguration) -> dict[str, Any]:
+    # Not the whole: mergekit 0.1.5 cannot write a reference with a space in it as JSON.
+    recipe = config.model_dump(mode="json", include={"merge_method", "parameters"})
+    return {"merge_method": recipe["merge_method"], **(recipe["parameters"] or {})}
+
+
+def _counts(values: np.ndarray) -> list[int]:
+    return [int(value) for value in values]
+
+
+def _grouped(
+    tensors: Iterable[TensorTally], key: Callable[[TensorTally], Any]
+) -> list[tuple[Any, list[TensorTally]]]:
+    """Tensors of the same key together, in the order in which the keys first come."""
+    groups: dict[Any, list[TensorTally]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return list(groups.items())
+
+
+def _contested(tensors: Sequence[TensorTally]) -> list[int] | None:
+    counted = [tensor.contested for tensor in tensors if tensor.contested is not None]
+    return [round(sum(column)) for column in zip(*counted, strict=True)] if counted else None
+
+
+def _shares(tally: Tally) -> list[dict[str, float | None]]:
+    """What is kept of each expert, dropped and overwritten; nothing where it has no saliency."""
+    found: list[dict[str, float | None]] = []
+    for k, (row, error) in enumerate(zip(tally.saliency, tally.error, strict=True)):
+        total = float(row.sum())
+        if total == 0:
+            found.append(dict.fromkeys(("kept", "overwritten", "dropped", "error")))
+            continue
+        kept, dropped = float(row[k]) / total, float(row[-1]) / total
+        found.append(
+            {
+                "kept": kept,
+                "overwritten": max(0.0, 1 - kept - dropped),
+                "dropped": dropped,
+                "error": float(error) / total,
+            }
+        )
+    return found
+
+
+def _fallbacks(account: Account) -> list[dict[str, Any]]:
+    found = []
+    for k, expert in enumerate(account.experts):
+        reasons = account.calibration.get(expert, {}).get("unscored", {})
+        for tensor in account.tensors:
+            if tensor.ranked[k] != "saliency":
+                found.append(
+                    {
+                        "expert": expert,
+                        "tensor": tensor.name,
+                        "ranked": tensor.ranked[k],
+                        "reason": reasons.get(tensor.name),
+                    }
+                )
+    return found
