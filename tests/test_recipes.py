@@ -67,6 +67,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "lora.yml": {"./models/base": llama},
     "filtered.yml": {f"./models/{name}": qwen2 for name in ("base", "chat", "math")},
     "least-error.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
+    "nearest.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
 }
 ADAPTERS = {"lora.yml": ("./adapters/math", "./adapters/code")}
 
@@ -180,11 +181,18 @@ def check_least_error(planned: Planned) -> None:
         assert list(planned.of(name, "weight").values()) == [1.0, 2.0, 1.0]
 
 
+def check_nearest(planned: Planned) -> None:
+    for name, task in planned.tasks.items():
+        assert (task.parameters["assignment"], task.parameters["stretch"]) == ("nearest", None)
+        assert list(planned.of(name, "weight").values()) == [1.0, 1.0, 1.0]
+
+
 CHECKS: dict[str, Any] = {
     "llama2-13b-sft.yml": check_sft,
     "qwen2-7b-post-pretraining.yml": check_post_pretraining,
     "filtered.yml": check_filtered,
     "least-error.yml": check_least_error,
+    "nearest.yml": check_nearest,
 }
 
 
