@@ -34,11 +34,11 @@ def run(settings: Settings, folder: Path) -> list[str]:
     corpus = load_corpus(settings.train_chars)
     train_models(settings, corpus, folder)
     streams = [stream(corpus[task]["test"]) for task in TASKS]
-    models = " ".join(f"models/{task}" for task in TASKS)
+    models = " ".join(f"./models/{task}" for task in TASKS)
     shutil.rmtree(folder / "plan", ignore_errors=True)
-    command(f"obim-kinship {models} --base models/base --quiet", folder)
+    command(f"obim-kinship {models} --base ./models/base --quiet", folder)
     lines = command(
-        f"obim-kinship {models} --base models/base --plan plan --top-k 2 --quiet", folder
+        f"obim-kinship {models} --base ./models/base --plan plan --top-k 2 --quiet", folder
     )
     scores: dict[str, float] = {}
     while not lines[-1].startswith("It ends"):
@@ -48,7 +48,7 @@ def run(settings: Settings, folder: Path) -> list[str]:
         known = yaml.safe_load((folder / "plan/scores.yml").read_text())
         for name in known:
             if name not in scores:
-                model = load(folder / (name if "/" in name else f"plan/{name}"))
+                model = load(folder / (name if name in models.split() else f"plan/{name}"))
                 losses = [
                     held_out_loss(model, tokens, settings.windows, settings.expert.context)
                     for tokens in streams

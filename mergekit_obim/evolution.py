@@ -175,7 +175,9 @@ def next_generation(
     for pair in [*pairs, *([(best, explored)] if explored else [])]:
         name = f"gen{len(evolution.tops)}-{len(new) + 1}"
         evolution.parents[name] = list(pair)
-        evolution.models[name] = str(folder / name)
+        # Without the dot mergekit takes a path of two parts for a name on the Hub, and asks there.
+        here = "" if folder.is_absolute() else "./"
+        evolution.models[name] = f"{here}{folder / name}"
         if explored and pair == (best, explored):
             evolution.kin[name] = kin[explored]
         new.append(name)

@@ -90,6 +90,18 @@ class Relation:
                         "base_model should name?"
                     )
 
+    def cosines(self) -> dict[str, dict[str, float]]:
+        """The cosine of each two task vectors; nothing for an expert that is the base."""
+        rows = zip(self.experts, self.moments.cosine().tolist(), strict=True)
+        return {
+            one: {
+                other: value
+                for other, value in zip(self.experts, row, strict=True)
+                if one != other and value == value
+            }
+            for one, row in rows
+        }
+
     def sizes(self) -> dict[str, float]:
         """‖δ‖ / ‖θ_B‖ of each expert."""
         sizes = self.moments.relative_sizes().tolist()

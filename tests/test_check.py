@@ -106,6 +106,18 @@ def test_a_sound_recipe_has_no_fault(world: World, tmp_path: Path, check: Check)
     verdict = as_json(tmp_path, world.recipe())
     assert verdict["ok"]
     assert verdict["faults"] == verdict["warnings"] == verdict["fallbacks"] == []
+    whole = []
+    for expert in world.experts:
+        tensors = [checkpoints.read_checkpoint(folder) for folder in (expert, world.base)]
+        matrices = [n for n, weight in tensors[1].items() if weight.ndim > 1]
+        whole.append([torch.cat([t[n].double().flatten() for n in matrices]) for t in tensors])
+    deltas = [expert - base for expert, base in whole]
+    for expert, delta in zip(world.experts, deltas, strict=True):
+        size = float(delta.norm() / whole[0][1].norm())
+        assert verdict["distances"][str(expert)] == pytest.approx(size, rel=0.1)
+    cosine = float(torch.cosine_similarity(*deltas, dim=0))
+    found = verdict["cosines"][str(world.math)][str(world.code)]
+    assert found == pytest.approx(cosine, abs=0.1)
     # Measured already: what is left is the merge.
     assert set(verdict["cost"]) == {"mergekit-yaml"}
 

@@ -138,7 +138,7 @@ def test_a_generation_merges_the_best_and_explores_the_least_related() -> None:
     assert [plan.parents[name] for name in new] == [["b", "a"], ["b", "c"]]
     assert plan.tops == [["b", "a"]]
     assert plan.kin == {new[1]: 0.2}
-    assert [plan.models[name] for name in new] == [str(Path("out") / name) for name in new]
+    assert [plan.models[name] for name in new] == [f"./out/{name}" for name in new]
 
 
 def test_what_was_merged_is_not_merged_again() -> None:

@@ -109,6 +109,8 @@ def check_models(
     )
     verdict.faults += relation.faults()
     verdict.warnings += relation.doubts()
+    verdict.distances = relation.sizes()
+    verdict.cosines = relation.cosines()
     aligned = config.tokenizer is not None or config.tokenizer_source is not None
     for reference, model in alike.items():
         shapes = relation.shapes.get(str(reference), {})

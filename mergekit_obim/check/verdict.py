@@ -18,12 +18,16 @@ class Verdict:
         faults: What makes one of the commands fail, or its result pointless; a line each.
         warnings: What is unusual, or was not looked at.
         fallbacks: Tensors that have no saliency: model, what becomes of them, tensors with why.
+        distances: ‖δ‖ / ‖θ_B‖ of each expert, from a sample of the matrices.
+        cosines: Of each two experts' task vectors, from the same sample.
         cost: Of both commands, as far as it can be said.
     """
 
     faults: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
+    distances: dict[str, float] = field(default_factory=dict)
+    cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
 
     def to_json(self) -> str:
