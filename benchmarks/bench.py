@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench [--smoke] [--cache .cache/bench] [--runs 3]
 
-Four tables. *Whole runs*: `mergekit-yaml` as a user starts it, on random bf16 Llama
+Tables: *whole runs*: `mergekit-yaml` as a user starts it, on random bf16 Llama
 checkpoints, the methods taking turns, wall time and peak memory of each process.
 *Kernels*: benchmarks/kernels.py. *Growth*: the masks and the merge of one tensor for
 several K and sizes. *Pre-pass*: the capture's forward over the bare forward of the same
@@ -209,16 +209,14 @@ def machine() -> dict[str, str]:
 
 def measure_part(part: str, cache: Path, smoke: bool, runs: int) -> Any:
     """The figures of one of the parts."""
+    size = "smoke" if smoke else "full"
+    folder = (cache / size).resolve()
     if part == "whole_runs":
-        size = "smoke" if smoke else "full"
-        folder = (cache / size).resolve()
-        if smoke:
-            return {"3 experts": whole_runs(folder, size, 1, 3, ["linear", "obim"])}
-        methods = ["linear", "dare_ties", "ties", "obim"]
-        return {
-            "3 experts": whole_runs(folder, size, runs, 3, methods),
-            "8 experts": whole_runs(folder, size, 1, 8, ["ties", "obim"]),
-        }
+        methods = ["linear", "obim"] if smoke else ["linear", "dare_ties", "ties", "obim"]
+        return {"3 experts": whole_runs(folder, size, 1 if smoke else runs, 3, methods)}
+    if part == "more_experts":
+        count = 4 if smoke else 8
+        return {f"{count} experts": whole_runs(folder, size, 1, count, ["ties", "obim"])}
     if part == "kernels":
         side = 256 if smoke else 4096
         return kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
@@ -303,6 +301,7 @@ def _pre_pass_table(ratios: dict[str, float]) -> list[str]:
 
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "whole_runs": _whole_runs_table,
+    "more_experts": _whole_runs_table,
     "kernels": _kernels_table,
     "growth": _growth_table,
     "pre_pass": _pre_pass_table,

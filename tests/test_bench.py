@@ -34,7 +34,7 @@ def output(cache: Path) -> str:
 def test_it_ends_with_one_line_of_json_that_says_what_the_table_says(output: str) -> None:
     figures = json.loads(output.splitlines()[-1])
     assert bench.tables(figures) == output.rsplit("\n", 2)[0]
-    assert list(figures) == ["whole_runs", "kernels", "growth", "pre_pass"]
+    assert list(figures) == ["whole_runs", "more_experts", "kernels", "growth", "pre_pass"]
     assert set(figures["pre_pass"]["figures"]) == {"float32", "bfloat16"}
     runs = figures["whole_runs"]["figures"]["3 experts"]
     assert all(run["seconds"] > 0 and run["peak_gib"] > 0 for run in runs.values())
@@ -46,21 +46,21 @@ def test_the_merge_that_it_times_is_exact(cache: Path) -> None:
     folder = cache / "smoke"
     base, *experts = [
         checkpoints.read_checkpoint(folder / name)
-        for name in ("base", "expert0", "expert1", "expert2")
+        for name in ("base", "expert0", "expert1", "expert2", "expert3")
     ]
     files = [
         SaliencyFile(folder / "saliency" / saliency_file_name(str(folder / f"expert{k}")))
-        for k in range(3)
+        for k in range(4)
     ]
     merged = checkpoints.read_checkpoint(folder / "out")
     assert merged.keys() == base.keys()
     layers = layer_indices(base)
     for name, weight in base.items():
         inputs = [
-            reference.Expert(expert[name], density=0.333333, h=file[name])
+            reference.Expert(expert[name], density=0.25, h=file[name])
             for expert, file in zip(experts, files, strict=True)
         ]
-        owners = reference.owners(weight, inputs, rotate(range(3), layers[name]))
+        owners = reference.owners(weight, inputs, rotate(range(4), layers[name]))
         assert len(set(owners)) >= 3, name
         assert torch.equal(merged[name], reference.merge_owned(weight, inputs, owners)), name
 
