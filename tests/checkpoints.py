@@ -138,6 +138,18 @@ def read_checkpoint(folder: Path) -> Tensors:
     return tensors
 
 
+def fake_hub(cache: Path, repo: str, files: dict[str, Path], *, ref: str = "main") -> None:
+    """What huggingface_hub keeps of a repository in its cache."""
+    commit = f"{len(repo + ref):040x}"
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True, exist_ok=True)
+    (folder / "refs" / ref).write_text(commit)
+    for name, source in files.items():
+        target = folder / "snapshots" / commit / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+
+
 @dataclass
 class Family:
     """A base and its experts on disk, with a folder of saliency files per form.

@@ -26,6 +26,7 @@ import commands
 from commands import World, refusal, says
 from mergekit_obim import saliency_file
 from mergekit_obim.calibration.capture.squares import Squares
+from mergekit_obim.errors import QuantisedModelError, refuse_quantised
 from mergekit_obim.methods.base import ExpertMethod
 from tiny_tokenizers import byte_tokenizer
 
@@ -674,6 +675,23 @@ def test_quantised_model(world: World, tmp_path: Path, refuse_prepass: Callable[
     model = copy_of(world, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
     message = refuse_prepass(one_expert(world, str(world.math_data), model))
     says(message, model, "quantised", "full-precision")
+
+
+def test_quantised_models_are_not_merged(
+    world: World, tmp_path: Path, refuse_merge: Callable[..., str]
+) -> None:
+    """mergekit would take the codes of eight-bit floats for weights."""
+    model = copy_of(world, tmp_path, quantization_config={"quant_method": "fp8"})
+    message = refuse_merge(world.recipe(base_model=str(model)))
+    says(message, f"model {model}", "quantised", "full-precision")
+
+
+def test_a_quantised_text_part() -> None:
+    text = {"quantization_config": {"quant_method": "fp8"}}
+    config = transformers.LlavaConfig(text_config={"model_type": "llama", **text})
+    with pytest.raises(QuantisedModelError, match="model m: is quantised"):
+        refuse_quantised("m", config)
+    refuse_quantised("m", transformers.LlavaConfig())
 
 
 def test_no_tokenizer_anywhere(

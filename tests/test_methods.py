@@ -497,18 +497,6 @@ def saliency_files(family: Family) -> list[Path]:
     return [family.factored / saliency_file_name(str(folder)) for folder in family.experts]
 
 
-def fake_hub(cache: Path, repo: str, files: dict[str, Path], *, ref: str = "main") -> None:
-    """What huggingface_hub keeps of a repository in its cache."""
-    commit = f"{len(repo + ref):040x}"
-    folder = cache / f"models--{repo.replace('/', '--')}"
-    (folder / "refs").mkdir(parents=True, exist_ok=True)
-    (folder / "refs" / ref).write_text(commit)
-    for name, source in files.items():
-        target = folder / "snapshots" / commit / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(source.read_bytes())
-
-
 def test_saliency_per_model_as_file_and_folder(family: Family, tmp_path: Path) -> None:
     first, second, third = saliency_files(family)
     published = tmp_path / "published@v1" / PUBLISHED_NAME
@@ -537,10 +525,12 @@ def test_saliency_on_the_hub(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     first, second, _ = saliency_files(family)
     wrong = checkpoints.write_saliency_file(tmp_path / "wrong.safetensors", {})
-    fake_hub(tmp_path / "hub", "org/one", {PUBLISHED_NAME: first})
-    fake_hub(tmp_path / "hub", "org/two", {"some/file.safetensors": wrong})
-    fake_hub(tmp_path / "hub", "org/two", {"some/file.safetensors": second}, ref="v2")
-    fake_hub(tmp_path / "hub", "org/all", {file.name: file for file in saliency_files(family)})
+    checkpoints.fake_hub(tmp_path / "hub", "org/one", {PUBLISHED_NAME: first})
+    checkpoints.fake_hub(tmp_path / "hub", "org/two", {"some/file.safetensors": wrong})
+    checkpoints.fake_hub(tmp_path / "hub", "org/two", {"some/file.safetensors": second}, ref="v2")
+    checkpoints.fake_hub(
+        tmp_path / "hub", "org/all", {file.name: file for file in saliency_files(family)}
+    )
     settings = ["org/one", "org/two/some/file.safetensors@v2", "org/all@main"]
     config = recipe(family, per_model=[{"saliency": s} for s in settings], shared={})
     merged = merge(config, tmp_path / "out", transformers_cache=str(tmp_path / "hub"))

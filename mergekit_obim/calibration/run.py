@@ -32,6 +32,7 @@ from mergekit_obim.errors import (
     RecipeError,
     SaliencyFileError,
     quoted,
+    refuse_quantised,
 )
 from mergekit_obim.fingerprint import Fingerprint, fingerprint
 from mergekit_obim.kernels.scores import task_vector
@@ -120,7 +121,7 @@ def prepare_expert(
     wanted = SaliencyMetadata(
         form="dense" if options.dense else "factored",
         model=expert.model,
-        revision=reference.model.revision or getattr(config, "_commit_hash", None) or "",
+        revision=reference.model.revision or weights.commit,
         architecture=(config.architectures or [""])[0],
         calibration=_record(expert.calibration, data, config),
         fingerprint=weights.fingerprints(),
@@ -265,6 +266,12 @@ class _Weights:
     def names(self) -> list[str]:
         return list(self.loader.index.tensor_paths)
 
+    @property
+    def commit(self) -> str:
+        """Of a model on the Hub, what its folder in the cache is called; else nothing."""
+        folder = Path(self.loader.index.base_path)
+        return folder.name if folder.parent.name == "snapshots" else ""
+
     def load(self, name: str) -> torch.Tensor:
         tensor = self.loader.get_tensor(name)
         assert tensor is not None  # it raises before
@@ -299,15 +306,21 @@ def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
     try:
         config = reference.config(trust_remote_code=options.trust_remote_code)
     except Exception as error:
+        _refuse_code(str(reference), "it", error)
         raise CalibrationError(
             f"model {reference}: neither a model folder nor a model on the Hub: {quoted(error)}"
         ) from error
-    if getattr(config, "quantization_config", None):
-        raise CalibrationError(
-            f"model {reference}: is quantised, which mergekit cannot merge: use the full-precision "
-            "checkpoint that it was made from"
-        )
+    refuse_quantised(str(reference), config)
     return config
+
+
+def _refuse_code(label: str, what: str, error: Exception) -> None:
+    """Raise if transformers failed because it must not run code that comes with a model."""
+    if "trust_remote_code" in str(error):
+        raise CalibrationError(
+            f"model {label}: {what} comes with code of its own: if you trust that, give "
+            "--trust-remote-code, and the same to mergekit-yaml"
+        ) from error
 
 
 def _tokenizer(
@@ -330,6 +343,7 @@ def _tokenizer(
                 ),
             )
         except Exception as error:
+            _refuse_code(label, "its tokenizer", error)
             problems.append(f"{place}: {quoted(error)}")
     raise CalibrationError(f"model {label}: no tokenizer found ({'; '.join(problems)})")
 
