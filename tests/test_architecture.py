@@ -86,7 +86,8 @@ ROOMS = {
     # Asks both sides what they would say, so it stands above them.
     "mergekit_obim.check": {
         *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
-        *("mergekit_obim.calibration", "mergekit_obim.calibration.run", "mergekit_obim.errors"),
+        *("mergekit_obim.calibration", "mergekit_obim.calibration.ranks"),
+        *("mergekit_obim.calibration.run", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.methods", "mergekit_obim.planned"),
         "mergekit_obim.relation",
     },
