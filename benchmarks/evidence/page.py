@@ -17,6 +17,7 @@ from typing import Any
 from scipy.stats import t as student
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+REFERENCE = "OBIM, nearest"  # what the others are compared with, seed by seed
 Seeds = dict[str, Any]  # seed -> a table's figures
 _BLOCK = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -105,6 +106,7 @@ def _models(seeds: Seeds) -> list[str]:
 def _methods(seeds: Seeds) -> list[str]:
     first = next(iter(seeds.values()))
     tasks = list(next(iter(first.values()))["default"]["recovery"])
+    reference = [mean(one[REFERENCE]["default"]["recovery"]) for one in seeds.values()]
     rows = []
     for name in first:
         for kind in ("default", "best"):
@@ -113,9 +115,11 @@ def _methods(seeds: Seeds) -> list[str]:
             exact = summary([one["accuracy"]["math"] for one in found])
             chosen = {_settings(one["settings"]): None for one in found}
             how = "; ".join(chosen) if len(chosen) < 3 else "differs by seed"
-            total = summary([mean(one["recovery"]) for one in found])
-            rows.append([name, kind, f"**{total}**", *each, exact, how])
-    return _table(["method", "setting", "mean", *tasks, "sums right", "settings"], rows)
+            means = [mean(one["recovery"]) for one in found]
+            ahead = summary([ours - other for ours, other in zip(reference, means, strict=True)])
+            rows.append([name, kind, f"**{summary(means)}**", ahead, *each, exact, how])
+    header = ["method", "setting", "mean", "nearest, default, is ahead by", *tasks, "sums right"]
+    return _table([*header, "settings"], rows)
 
 
 def _recoveries(what: str) -> Callable[[Seeds], list[str]]:
