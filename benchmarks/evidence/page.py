@@ -122,8 +122,8 @@ def _methods(seeds: Seeds) -> list[str]:
     return _table([*header, "settings"], rows)
 
 
-def _recoveries(what: str) -> Callable[[Seeds], list[str]]:
-    """Rows of recoveries, per task and in the mean."""
+def _by_task(what: str) -> Callable[[Seeds], list[str]]:
+    """A row for each way, a column for each task, and the mean over the tasks that it has."""
 
     def form(seeds: Seeds) -> list[str]:
         first = next(iter(seeds.values()))
@@ -165,24 +165,14 @@ def _count(seeds: Seeds) -> list[str]:
     return _crossed("experts")(by_way(seeds))
 
 
-def _forgetting(seeds: Seeds) -> list[str]:
-    first = next(iter(seeds.values()))
-    tasks = list(next(iter(first.values())))
-    rows = []
-    for name in first:
-        found = [one[name] for one in seeds.values()]
-        total = summary([mean(one) for one in found])
-        rows.append([name, f"**{total}**", *(summary([one[t] for one in found]) for t in tasks)])
-    return _table(["model", "mean loss", *tasks], rows)
-
-
 FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "models": _models,
     "methods": _methods,
     "density": _crossed("density"),
     "source": _crossed("math is calibrated on"),
     "samples": _crossed("samples"),
-    "order": _recoveries("order"),
+    "order": _by_task("order"),
     "count": _count,
-    "forgetting": _forgetting,
+    "answers": _by_task("answers right"),
+    "forgetting": _by_task("loss"),
 }
