@@ -168,6 +168,7 @@ def _count(seeds: Seeds) -> list[str]:
 FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "models": _models,
     "methods": _methods,
+    "variants": _by_task("rule"),
     "density": _crossed("density"),
     "source": _crossed("math is calibrated on"),
     "samples": _crossed("samples"),

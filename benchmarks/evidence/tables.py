@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge
+from benchmarks.evidence.variants import table_variants
 
 # Calibrated OBIM with the share that most small tables use; a third of all for what needs rivalry.
 OBIM = Merge("obim", each={"density": 0.1})
@@ -267,6 +268,7 @@ def table_answers(lab: Lab) -> dict[str, Any]:
 TABLES: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "models": table_models,
     "methods": table_methods,
+    "variants": table_variants,
     "density": table_density,
     "source": table_source,
     "samples": table_samples,
