@@ -172,13 +172,13 @@ class Lab:
         save(model, out)
 
     def _train_expert(self, out: Path, task: str) -> None:
-        model = load(self._place(BASE)).to(self.device)
+        model = self._load(self._place(BASE))
         settings = Training(**{**asdict(self.scale.expert), "seed": 1000 + self.seed})
         tiny_llama.train(model, [self.streams[task]], settings, task)
         save(model, out)
 
     def _train_continued(self, out: Path, _: str) -> None:
-        model = load(self._place(BASE)).to(self.device)
+        model = self._load(self._place(BASE))
         settings = Training(**{**asdict(self.scale.continued), "seed": 2000 + self.seed})
         wanted = {round(settings.steps * _share(name)): name for name in CHECKPOINTS}
 
@@ -200,7 +200,7 @@ class Lab:
         if name not in self.known:
             out = self.folder / "merged" / name
             self._merge(merge, out)
-            self.known[name] = self.measure(out, tasks, split)
+            self.known[name] = self.measure(self._load(out), tasks, split)
             shutil.rmtree(out)
             self._save()
         return self.known[name]
@@ -211,23 +211,26 @@ class Lab:
         measured = self._settings(("windows", "questions"))
         name = digest(self.model_key(model), model, measured, split, tasks)
         if name not in self.known:
-            self.known[name] = self.measure(*self.models(model), tasks, split)
+            self.known[name] = self.measure(self._load(*self.models(model)), tasks, split)
             self._save()
         return self.known[name]
 
     def recovery(self, merge: Merge, split: str = "test") -> dict[str, float]:
         """(base − merged) / (base − expert) per task, in held-out loss."""
-        merged = self.score(merge, split=split)["loss"]
-        return {task: self._recovered(task, merged[task], split) for task in merge.experts}
+        return self.recovered(self.score(merge, split=split), split)
 
-    def _recovered(self, task: str, loss: float, split: str) -> float:
-        base = self.score_model(BASE, (task,), split)["loss"][task]
-        return (base - loss) / (base - self.score_model(task, split=split)["loss"][task])
+    def recovered(self, scores: Scores, split: str) -> dict[str, float]:
+        """The same, of a model's scores."""
+        recovery = {}
+        for task, loss in scores["loss"].items():
+            base = self.score_model(BASE, (task,), split)["loss"][task]
+            expert = self.score_model(task, split=split)["loss"][task]
+            recovery[task] = (base - loss) / (base - expert)
+        return recovery
 
-    def measure(self, folder: Path, tasks: Sequence[str], split: str) -> Scores:
+    def measure(self, model: LlamaForCausalLM, tasks: Sequence[str], split: str) -> Scores:
         """Held-out loss in nats per byte, and the share of questions answered rightly."""
         scale, losses, right = self.scale, {}, {}
-        model = load(folder).to(self.device)
         for task in tasks:
             text = self.corpus[task][split]
             losses[task] = held_out_loss(
@@ -243,6 +246,9 @@ class Lab:
             if split == "test":
                 right[task] = accuracy(model, asked)
         return {"loss": losses, "accuracy": right}
+
+    def _load(self, folder: Path) -> LlamaForCausalLM:
+        return load(folder).to(self.device)
 
     def data(self, task: str) -> str:
         """The path of a task's training text, as calibration data."""
@@ -278,10 +284,8 @@ class Lab:
             "dtype": "float32",
         }  # fmt: skip
         if merge.needs_saliency():
-            # One folder for each way of calibrating an expert, shared by all merges.
             for model, expert in zip(models, merge.experts, strict=True):
-                way = (self.model_key(expert), expert, model["calibration"], self.scale.samples)
-                files = self.folder / "saliency" / digest(*way)
+                files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)
                 if not files.exists():
                     only = {**recipe, "models": [model]}
@@ -289,6 +293,18 @@ class Lab:
         path = _write(out.with_suffix(".yml"), recipe)
         command("mergekit-yaml", path, out, "--no-copy-tokenizer", "--no-write-model-card")
         path.unlink()
+
+    def _saliency_folder(self, expert: str, calibration: Any) -> Path:
+        """One folder for each way of calibrating an expert, shared by all merges."""
+        way = (self.model_key(expert), expert, calibration, self.scale.samples)
+        return self.folder / "saliency" / digest(*way)
+
+    def saliency(self, task: str) -> Path:
+        """The saliency file of a task's expert, by the pre-pass."""
+        folder = self._saliency_folder(task, self.data(task))
+        if not folder.exists():
+            self.score(Merge("regmean_diag", experts=(task,)))
+        return next(folder.glob("*.safetensors"))
 
     def _save(self) -> None:
         part = self.scores_path.with_suffix(".part")

@@ -17,6 +17,7 @@ from typing import Any
 from scipy.stats import t as student
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+REFERENCE = "OBIM, nearest"  # what the others are compared with, seed by seed
 Seeds = dict[str, Any]  # seed -> a table's figures
 _BLOCK = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -105,6 +106,7 @@ def _models(seeds: Seeds) -> list[str]:
 def _methods(seeds: Seeds) -> list[str]:
     first = next(iter(seeds.values()))
     tasks = list(next(iter(first.values()))["default"]["recovery"])
+    reference = [mean(one[REFERENCE]["default"]["recovery"]) for one in seeds.values()]
     rows = []
     for name in first:
         for kind in ("default", "best"):
@@ -113,13 +115,15 @@ def _methods(seeds: Seeds) -> list[str]:
             exact = summary([one["accuracy"]["math"] for one in found])
             chosen = {_settings(one["settings"]): None for one in found}
             how = "; ".join(chosen) if len(chosen) < 3 else "differs by seed"
-            total = summary([mean(one["recovery"]) for one in found])
-            rows.append([name, kind, f"**{total}**", *each, exact, how])
-    return _table(["method", "setting", "mean", *tasks, "sums right", "settings"], rows)
+            means = [mean(one["recovery"]) for one in found]
+            ahead = summary([ours - other for ours, other in zip(reference, means, strict=True)])
+            rows.append([name, kind, f"**{summary(means)}**", ahead, *each, exact, how])
+    header = ["method", "setting", "mean", "nearest, default, is ahead by", *tasks, "sums right"]
+    return _table([*header, "settings"], rows)
 
 
-def _recoveries(what: str) -> Callable[[Seeds], list[str]]:
-    """Rows of recoveries, per task and in the mean."""
+def _by_task(what: str) -> Callable[[Seeds], list[str]]:
+    """A row for each way, a column for each task, and the mean over the tasks that it has."""
 
     def form(seeds: Seeds) -> list[str]:
         first = next(iter(seeds.values()))
@@ -161,24 +165,15 @@ def _count(seeds: Seeds) -> list[str]:
     return _crossed("experts")(by_way(seeds))
 
 
-def _forgetting(seeds: Seeds) -> list[str]:
-    first = next(iter(seeds.values()))
-    tasks = list(next(iter(first.values())))
-    rows = []
-    for name in first:
-        found = [one[name] for one in seeds.values()]
-        total = summary([mean(one) for one in found])
-        rows.append([name, f"**{total}**", *(summary([one[t] for one in found]) for t in tasks)])
-    return _table(["model", "mean loss", *tasks], rows)
-
-
 FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "models": _models,
     "methods": _methods,
+    "variants": _by_task("rule"),
     "density": _crossed("density"),
     "source": _crossed("math is calibrated on"),
     "samples": _crossed("samples"),
-    "order": _recoveries("order"),
+    "order": _by_task("order"),
     "count": _count,
-    "forgetting": _forgetting,
+    "answers": _by_task("answers right"),
+    "forgetting": _by_task("loss"),
 }

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge
+from benchmarks.evidence.variants import table_variants
 
 # Calibrated OBIM with the share that most small tables use; a third of all for what needs rivalry.
 OBIM = Merge("obim", each={"density": 0.1})
@@ -242,21 +243,37 @@ def table_order(lab: Lab) -> dict[str, Any]:
 def table_count(lab: Lab) -> dict[str, Any]:
     """The paper's table 11, two to six models, with the experts of as many tasks."""
     return {
-        str(count): {
-            name: lab.recovery(replace(methods(count)[name].default, experts=TASKS[:count]))
-            for name in ("Task Arithmetic", "DARE", "TIES", "OBIM", "OBIM, nearest")
-        }
+        str(count): {name: lab.recovery(merge) for name, merge in _of_many(count).items()}
         for count in range(2, len(TASKS) + 1)
     }
+
+
+def _of_many(count: int) -> dict[str, Merge]:
+    """Default merges of the first so many tasks' experts."""
+    return {
+        name: replace(methods(count)[name].default, experts=TASKS[:count])
+        for name in ("Task Arithmetic", "DARE", "TIES", "OBIM", "OBIM, nearest")
+    }
+
+
+def table_answers(lab: Lab) -> dict[str, Any]:
+    """The share of questions answered rightly, after merging all experts."""
+    merges = _of_many(len(TASKS)).items()
+    rows = {BASE: lab.score_model(BASE, TASKS)["accuracy"]}
+    experts = {task: lab.score_model(task)["accuracy"].get(task) for task in TASKS}
+    rows["the task's own expert"] = {t: share for t, share in experts.items() if share is not None}
+    return rows | {name: lab.score(merge)["accuracy"] for name, merge in merges}
 
 
 TABLES: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "models": table_models,
     "methods": table_methods,
+    "variants": table_variants,
     "density": table_density,
     "source": table_source,
     "samples": table_samples,
     "order": table_order,
     "count": table_count,
+    "answers": table_answers,
     "forgetting": table_forgetting,
 }
