@@ -81,12 +81,15 @@ def write_model(folder: Path, config: LlamaConfig) -> int:
 
 def measure(cache: Path, model: Path, *options: str) -> dict[str, float]:
     """One run of the pre-pass: wall seconds and peak resident memory in MiB."""
-    data, recipe, out = cache / "rows.jsonl", cache / "recipe.yml", cache / "out"
+    data, recipe, out, base = (cache / name for name in ("rows.jsonl", "recipe.yml", "out", "base"))
     row = json.dumps({"text": "A row that is long enough to be cut." * 2})
     data.write_text(f"{row}\n" * ROWS)
     calibration = {"data": str(data), "max_length": LENGTH, "batch_size": ROWS}
     models = [{"model": str(model), "calibration": calibration}]
-    recipe.write_text(yaml.safe_dump({"base_model": "none", "models": models}))
+    base.unlink(missing_ok=True)
+    base.symlink_to(model.resolve())
+    top = {"merge_method": "obim", "base_model": str(base)}
+    recipe.write_text(yaml.safe_dump({**top, "models": models}))
     shutil.rmtree(out, ignore_errors=True)
     start = time.perf_counter()
     done = subprocess.run(

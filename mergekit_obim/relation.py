@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from mergekit.io import LazyTensorLoader
 
+from mergekit_obim.checkpoint import Skim
 from mergekit_obim.fingerprint import sample
 from mergekit_obim.kernels.kinship import Moments, moments
 
@@ -125,8 +126,10 @@ def relate(
     same = dict.fromkeys(models, True)
     twins = {(one, other): True for i, other in enumerate(models) for one in models[:i]}
     compared = 0
+    skims = {model: Skim(weights, len(models) + 1) for model, weights in experts.items()}
+    base_skim = Skim(base_weights, len(models) + 1)
     for name in base_weights.index.tensor_paths:
-        weight = _load(base_weights, name)
+        weight = base_skim.load(name)
         if not weight.is_floating_point():
             continue
         samples: dict[str, torch.Tensor] = {}
@@ -134,7 +137,7 @@ def relate(
             if name not in weights.index.tensor_paths:
                 found.missing.setdefault(model, []).append(name)
                 continue
-            own = _load(weights, name)
+            own = skims[model].load(name)
             if own.shape != weight.shape:
                 shapes = list(own.shape), list(weight.shape)
                 found.shapes.setdefault(model, {})[name] = shapes
@@ -156,16 +159,10 @@ def relate(
         if len(samples) == len(models) and weight.ndim > 1 and theirs.numel() and not broken:
             part = moments([samples[model] for model in models], theirs)
             found.moments += part.scaled(weight.numel() / theirs.numel())
-    for weights in (base_weights, *experts.values()):
-        weights.flush()
+    for skim in (base_skim, *skims.values()):
+        skim.close()
     if compared:
         complete = set(models) - found.missing.keys() - found.shapes.keys()
         found.identical = [model for model in models if same[model] and model in complete]
         found.twins = [pair for pair, equal in twins.items() if equal and complete >= set(pair)]
     return found
-
-
-def _load(weights: LazyTensorLoader, name: str) -> torch.Tensor:
-    tensor = weights.get_tensor(name)
-    assert tensor is not None  # it raises before
-    return tensor

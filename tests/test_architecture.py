@@ -26,8 +26,10 @@ ROOMS = {
     "mergekit_obim.layers": set(),
     "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
     "mergekit_obim.fingerprint": {"numpy", "pydantic", "torch", "mergekit_obim.errors"},
+    "mergekit_obim.checkpoint": {"mergekit", "torch"},
     "mergekit_obim.relation": {
-        *("mergekit", "torch", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
+        *("mergekit", "torch", "mergekit_obim.checkpoint"),
+        *("mergekit_obim.fingerprint", "mergekit_obim.kernels"),
     },
     "mergekit_obim.saliency_file": {
         *("numpy", "pydantic", "safetensors", "torch"),
@@ -63,7 +65,7 @@ ROOMS = {
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
         *("mergekit_obim.calibration.loading", "mergekit_obim.calibration.passes"),
         *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
-        "mergekit_obim.saliency_file",
+        *("mergekit_obim.checkpoint", "mergekit_obim.saliency_file"),
     },
     "mergekit_obim.methods": {
         *("mergekit", "numpy", "pydantic", "torch"),

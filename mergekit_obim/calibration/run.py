@@ -26,6 +26,7 @@ from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
 from mergekit_obim.calibration.spec import Calibration, Expert
+from mergekit_obim.checkpoint import Skim
 from mergekit_obim.errors import (
     CalibrationError,
     ObimError,
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOG = logging.getLogger("mergekit_obim")
-# The pages of a safetensors file count as the process's memory while it is open.
-_MAPPED_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -283,16 +282,12 @@ class _Weights:
     def fingerprints(self) -> dict[str, Fingerprint]:
         """A sample of every stored floating-point weight."""
         prints = {}
-        mapped = 0
+        skim = Skim(self.loader)
         for name in self.names:
-            tensor = self.load(name)
+            tensor = skim.load(name)
             if tensor.is_floating_point():
                 prints[name] = fingerprint(tensor)
-            mapped += tensor.nbytes
-            if mapped > _MAPPED_BYTES and self.loader.index.tensor_paths[name].endswith("tensors"):
-                self.loader.flush()
-                mapped = 0
-        self.loader.flush()
+        skim.close()
         return prints
 
     def digest(self) -> str:

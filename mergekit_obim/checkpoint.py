@@ -1,0 +1,36 @@
+"""Reading a checkpoint's tensors one after another, to look at a few values of each."""
+
+from __future__ import annotations
+
+import torch
+from mergekit.io import LazyTensorLoader
+
+# The pages of a safetensors file that were touched count as the process's memory while it is open.
+_MAPPED_BYTES = 2**26
+
+
+class Skim:
+    """Lets go of a checkpoint's file whenever its share of 64 MiB was read.
+
+    Args:
+        loader: The checkpoint. Files that are not safetensors are kept until the end: they are
+            loaded whole, and would be again.
+        of: How many checkpoints are read side by side.
+    """
+
+    def __init__(self, loader: LazyTensorLoader, of: int = 1) -> None:
+        self.loader = loader
+        self._limit = _MAPPED_BYTES // of
+        self._mapped = 0
+
+    def load(self, name: str) -> torch.Tensor:
+        if self._mapped > self._limit and self.loader.index.tensor_paths[name].endswith("tensors"):
+            self.close()
+        tensor = self.loader.get_tensor(name)
+        assert tensor is not None  # it raises before
+        self._mapped += tensor.nbytes
+        return tensor
+
+    def close(self) -> None:
+        self.loader.flush()
+        self._mapped = 0
