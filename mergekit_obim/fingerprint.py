@@ -9,6 +9,7 @@ pass for the same weights; a fine-tune of them does not.
 from __future__ import annotations
 
 import base64
+from functools import lru_cache
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -33,6 +34,7 @@ class Fingerprint(BaseModel):
         return values
 
 
+@lru_cache  # a model has few sizes of tensors, and each is looked at in every model
 def sample_positions(numel: int) -> torch.Tensor:
     """Flat indices that a fingerprint samples, int64: 16 runs of 4, from the first to the last."""
     if numel <= _RUNS * _RUN_LENGTH:

@@ -15,6 +15,7 @@ from mergekit.io import LazyTensorLoader
 
 from mergekit_obim.checkpoint import Skim
 from mergekit_obim.fingerprint import sample
+from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
 
 # ‖δ‖ / ‖θ_B‖ over the matrices. Unrelated models of alike weights have √2, and 1 is as far as
@@ -157,7 +158,8 @@ def relate(
         ]
         found.broken = {**dict.fromkeys(broken, name), **found.broken}
         if len(samples) == len(models) and weight.ndim > 1 and theirs.numel() and not broken:
-            part = moments([samples[model] for model in models], theirs)
+            with one_thread():  # a second one would take longer to be woken than the work
+                part = moments([samples[model] for model in models], theirs)
             found.moments += part.scaled(weight.numel() / theirs.numel())
     for skim in (base_skim, *skims.values()):
         skim.close()

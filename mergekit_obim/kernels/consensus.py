@@ -15,7 +15,7 @@ import torch
 
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import all_finite, array, empty, select
+from mergekit_obim.kernels.masked import all_finite, array, select
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector
 
@@ -49,7 +49,7 @@ def merge_consensus(
     Raises:
         UnscorableError: A task vector is not finite.
     """
-    merged = empty(base.shape, base.dtype, base.device).copy_(base)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device).copy_(base)
     for block in blocks(base.shape, base.device):
         start = block.of(base)
         # What is not finite shows in the sum.

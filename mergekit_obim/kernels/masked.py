@@ -48,19 +48,6 @@ def words(tensor: torch.Tensor) -> Array:
     return array(tensor.view(words_of(tensor.dtype)))
 
 
-def empty(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """A new contiguous tensor.
-
-    numpy asks the system for large pages, torch does not: mapping a large tensor in small
-    ones took three times as long as writing it.
-    """
-    if not _by_numpy(device):
-        return torch.empty(shape, dtype=dtype, device=device)
-    word = words_of(dtype)
-    memory = np.empty(tuple(shape), dtype=str(word).removeprefix("torch."))
-    return torch.from_numpy(memory).view(dtype)
-
-
 def count(mask: Mask) -> int:
     """How many positions a mask has."""
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
@@ -100,9 +87,8 @@ def label(labels: Array, where: Mask, new: int) -> None:
     if not isinstance(where, np.ndarray):
         labels.masked_fill_(where, new)
         return
-    ones = np.negative(where.view(np.uint8))
     changes = labels ^ np.uint8(new)
-    changes &= ones
+    changes *= where
     labels ^= changes
 
 
@@ -118,15 +104,11 @@ def select(target: torch.Tensor, value: torch.Tensor, where: Mask) -> None:
         torch.where(where, value, target, out=target)
         return
     bits, source = words(target), words(value)
-    # target ^ ((target ^ source) & ones): the source's bits where the mask is, without a
+    # target ^ (target ^ source) · mask: the source's bits where the mask is, without a
     # branch, which a random mask would mispredict half of the time.
-    word = words_of(target.dtype)
-    changes, ones = (
-        array(scratch(name, target.numel(), word, target.device).view(target.shape))
-        for name in ("changes", "ones")
-    )
-    np.bitwise_xor(bits, source, out=changes)
-    changes &= np.negative(where.view(np.int8), dtype=bits.dtype, out=ones)
+    memory = scratch("changes", target.numel(), words_of(target.dtype), target.device)
+    changes = np.bitwise_xor(bits, source, out=array(memory.view(target.shape)))
+    changes *= where
     bits ^= changes
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import array, empty, select
+from mergekit_obim.kernels.masked import array, select
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
 
@@ -33,9 +33,9 @@ def merge_owned(
     Returns:
         A new tensor like ``base``.
     """
-    merged = empty(base.shape, base.dtype, base.device).copy_(base)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     for block in blocks(base.shape, base.device):
-        part = block.of(merged)
+        part = block.of(merged).copy_(block.of(base))
         owned = array(block.of(owner))
         for k, (expert, scale) in enumerate(zip(experts, scales, strict=True)):
             value = block.of(expert)

@@ -19,7 +19,7 @@ import torch
 
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels.blocks import Block, blocks
-from mergekit_obim.kernels.masked import array, empty, order_statistics
+from mergekit_obim.kernels.masked import array, order_statistics
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
@@ -58,7 +58,7 @@ def merge_pcb(
     Raises:
         UnscorableError: A task vector is not finite.
     """
-    merged = empty(base.shape, base.dtype, base.device)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     size, dtype = base.numel(), working_dtype(base.dtype)
     if not size:
         return merged

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import empty
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.objective import objective
 from mergekit_obim.kernels.scores import Candidate
@@ -39,7 +38,7 @@ def merge_regmean(
         UnscorableError: A task vector or its h is not finite.
     """
     base = candidates[0].base
-    merged = empty(base.shape, base.dtype, base.device)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     for block in blocks(base.shape, base.device):
         curvature, pull, deltas = objective(block, candidates, weights)
         unmeasured = curvature == 0

@@ -12,7 +12,6 @@ import torch
 
 from mergekit_obim.kernels.blocks import Block, blocks
 from mergekit_obim.kernels.exclusive import keep_count
-from mergekit_obim.kernels.masked import empty
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import Candidate, task_vector
 from mergekit_obim.kernels.selection import all_free, claim_top
@@ -73,7 +72,7 @@ def merge_trimmed(
     kept = [
         trim(candidate, density) for candidate, density in zip(candidates, densities, strict=True)
     ]
-    merged = empty(base.shape, base.dtype, base.device)
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     for block in blocks(base.shape, base.device):
         trimmed = trimmed_vectors(block, candidates, kept, weights)
         # One after the other: how a reduction is ordered depends on the block's shape.
