@@ -287,7 +287,7 @@ class Lab:
             for model, expert in zip(models, merge.experts, strict=True):
                 files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)
-                if not files.exists():
+                if not any(files.glob("*.safetensors")):  # an interrupted pre-pass leaves none
                     only = {**recipe, "models": [model]}
                     command("obim-saliency", _write(files.with_suffix(".yml"), only), files)
         path = _write(out.with_suffix(".yml"), recipe)
@@ -302,7 +302,7 @@ class Lab:
     def saliency(self, task: str) -> Path:
         """The saliency file of a task's expert, by the pre-pass."""
         folder = self._saliency_folder(task, self.data(task))
-        if not folder.exists():
+        if not any(folder.glob("*.safetensors")):
             self.score(Merge("regmean_diag", experts=(task,)))
         return next(folder.glob("*.safetensors"))
 
