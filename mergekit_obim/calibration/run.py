@@ -123,6 +123,8 @@ def prepare_expert(
     reference = ModelReference.model_validate(expert.reference)
     base = ModelReference.model_validate(base_model) if base_model else None
     config = _config(reference, options)
+    if base:
+        _refuse_quantised_base(base, options)
     weights = _Weights(expert.model, reference, options)
     places = _places([reference, *([base] if base else [])])
     tokenizer = _tokenizer(expert.model, places, options)
@@ -324,6 +326,15 @@ def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
         ) from error
     refuse_quantised(str(reference), config)
     return config
+
+
+def _refuse_quantised_base(base: ModelReference, options: RunOptions) -> None:
+    """As the merge will. A base that is not here is needed only then."""
+    try:
+        config = base.config(trust_remote_code=options.trust_remote_code)
+    except Exception:
+        return
+    refuse_quantised(str(base), config)
 
 
 def _refuse_code(label: str, what: str, error: Exception) -> None:
