@@ -39,9 +39,10 @@ ROOMS = {
         *("huggingface_hub", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.saliency_file"),
     },
+    "mergekit_obim.calibration.images": {"PIL", "transformers", "mergekit_obim.errors"},
     "mergekit_obim.calibration": {
         *("datasets", "numpy", "pyarrow", "pydantic", "torch", "tqdm", "transformers", "yaml"),
-        "mergekit_obim.errors",
+        *("mergekit_obim.calibration.images", "mergekit_obim.errors"),
     },
     "mergekit_obim.calibration.resume": {
         *("safetensors", "torch", "mergekit_obim.errors", "mergekit_obim.saliency_file"),
@@ -51,8 +52,8 @@ ROOMS = {
     },
     "mergekit_obim.calibration.passes": {
         *("torch", "tqdm", "transformers", "mergekit_obim.errors"),
-        *("mergekit_obim.calibration", "mergekit_obim.calibration.ranks"),
-        "mergekit_obim.calibration.resume",
+        *("mergekit_obim.calibration", "mergekit_obim.calibration.images"),
+        *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
     },
     "mergekit_obim.calibration.loading": {
         *("accelerate", "mergekit", "torch", "transformers"),
@@ -63,7 +64,8 @@ ROOMS = {
         *("accelerate", "huggingface_hub", "mergekit", "safetensors", "torch", "tqdm"),
         *("transformers", "mergekit_obim", "mergekit_obim.calibration", "mergekit_obim.errors"),
         *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
-        *("mergekit_obim.calibration.loading", "mergekit_obim.calibration.passes"),
+        *("mergekit_obim.calibration.images", "mergekit_obim.calibration.loading"),
+        "mergekit_obim.calibration.passes",
         *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
         *("mergekit_obim.checkpoint", "mergekit_obim.saliency_file"),
     },

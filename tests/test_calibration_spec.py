@@ -78,6 +78,7 @@ def test_defaults() -> None:
                 "split": None,
                 "revision": None,
                 "column": None,
+                "images": None,
                 "include_completion": False,
                 "samples": 100,
             },
@@ -397,7 +398,7 @@ def test_all_faults_in_one_line() -> None:
         "e1: calibration: data entry 1: samples should be greater than or equal to 1, found 0",
         "e1: calibration: data entry 2: data is missing",
         "e1: calibration: data entry 3: unknown key 'seed' (known: data, config, split, "
-        "revision, column, include_completion, samples)",
+        "revision, column, images, include_completion, samples)",
     ]
 
 

@@ -42,6 +42,7 @@ from mergekit_obim.methods import METHODS
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.saliency_file import SaliencyMetadata
 from planning import plan
+from tiny_processors import write_charts
 from toy import write_toy
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -82,6 +83,7 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The toy models and data, measured as the README's recipe says."""
     folder = tmp_path_factory.mktemp("toy")
     write_toy(folder)
+    write_charts(folder)
     recipe = next(yaml.safe_load(b.text) for b in blocks(PAGES[0]) if b.kind == "file")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)

@@ -677,6 +677,12 @@ def test_quantised_model(world: World, tmp_path: Path, refuse_prepass: Callable[
     says(message, model, "quantised", "full-precision")
 
 
+def test_quantised_base(world: World, tmp_path: Path, refuse_prepass: Callable[..., str]) -> None:
+    base = copy_of(world, tmp_path, quantization_config={"quant_method": "fp8"})
+    message = refuse_prepass(world.recipe(base_model=str(base)))
+    says(message, f"model {base}", "quantised", "full-precision")
+
+
 def test_quantised_models_are_not_merged(
     world: World, tmp_path: Path, refuse_merge: Callable[..., str]
 ) -> None:
@@ -704,6 +710,16 @@ def test_no_tokenizer_anywhere(
     recipe = one_expert(world, str(world.math_data), tmp_path / "math")
     recipe["base_model"] = str(tmp_path / "base")
     says(refuse_prepass(recipe), tmp_path / "math", "no tokenizer", tmp_path / "base")
+
+
+@pytest.mark.parametrize("damaged", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_damaged_tokenizer_is_not_replaced_by_the_bases(
+    damaged: str, world: World, tmp_path: Path, refuse_prepass: Callable[..., str]
+) -> None:
+    model = copy_of(world, tmp_path)
+    cut_in_half(model / damaged)
+    message = refuse_prepass(one_expert(world, str(world.math_data), model))
+    says(message, f"model {model}", f"the tokenizer of {model}", "can't be loaded: ", "mend")
 
 
 def test_tokens_that_the_model_does_not_know(

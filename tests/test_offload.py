@@ -61,10 +61,10 @@ class Watch:
                 self.reads[-1][key] += 1
             return read(loader, key)
 
-        def watched_feed(model: Any, ids: torch.Tensor) -> None:
+        def watched_feed(model: Any, ids: torch.Tensor, *images: Any) -> None:
             self.offloaded = {name for name, p in model.named_parameters() if p.is_meta}
             self.reads.append(Counter())
-            feed(model, ids)
+            feed(model, ids, *images)
 
         patch.setattr(OffloadedWeightsLoader, "__getitem__", watched_read)
         patch.setattr(passes, "feed", watched_feed)
@@ -219,9 +219,9 @@ class Memory:
 
         feed = passes.feed
 
-        def watched(model: Any, ids: torch.Tensor) -> None:
+        def watched(model: Any, ids: torch.Tensor, *images: Any) -> None:
             self.sizes.append(ids.shape[0])
-            feed(model, ids)
+            feed(model, ids, *images)
 
         patch.setattr(norm, "forward", limited)
         patch.setattr(passes, "feed", watched)

@@ -109,11 +109,11 @@ def test_no_pass_is_run_twice(
     path, out = commands.write_recipe(tmp_path, world.recipe()), tmp_path / "out"
     feed, rows = passes.feed, []
 
-    def fail_next(model: Any, ids: torch.Tensor) -> None:
+    def fail_next(model: Any, ids: torch.Tensor, *images: Any) -> None:
         if fail_next.passes == 0:
             raise RuntimeError("a loose cable")
         fail_next.passes -= 1
-        feed(model, ids)
+        feed(model, ids, *images)
         rows.extend(map(tuple, ids.tolist()))
 
     monkeypatch.setattr(passes, "feed", fail_next)
@@ -252,8 +252,8 @@ def test_every_kind_of_sum_goes_on_to_the_same_bits(
             checkpoint=Checkpoint(tmp_path / file, {"all": 1}), ranks=Ranks(), quiet=True,
         )  # fmt: skip
 
-    def stop(model: Any, ids: torch.Tensor) -> None:
-        feed(model, ids)
+    def stop(model: Any, ids: torch.Tensor, *images: Any) -> None:
+        feed(model, ids, *images)
         if ids.shape[1] == 4:
             raise RuntimeError("stopped")
 

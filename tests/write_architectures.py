@@ -38,7 +38,7 @@ gradients instead of watching operations.
 - *tensors*: the model's parameters, a tied one once.
 - *scored*: those that get an h from text. The others are named, with the reason, by the pre-pass
   and by the merge, which ranks them as the recipe's [unscored](recipes.md#unscored) says. Layers
-  are counted together as `N`.
+  are counted together as `N`. Vision towers get an h from [images](recipes.md#images).
 - *merged*: whether mergekit's own `linear` merge of two such models has every tensor of them, each
   the mean of both. Where it has not, the reason lies in mergekit or in transformers: no method of
   ours is involved.

@@ -2,7 +2,8 @@
 
 Everything here is the same on every machine: which rows are drawn, in what order they
 stand, and how they are batched. Nothing is ever padded: a batch holds sequences of one
-length only, so a measurement depends neither on padding nor on the batch size.
+length only, so a measurement depends neither on padding nor on the batch size. Rows with
+images run alone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,18 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mergekit_obim.calibration.images import (
+    RowProcessor,
+    WithImages,
+    read_image,
+    row_images,
+    with_items,
+)
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
@@ -72,9 +80,9 @@ class TokenizedCalibration:
     """What one expert is measured on.
 
     Attributes:
-        sequences: Token ids, one list per sequence, none empty.
+        sequences: Token ids, one list per sequence, none empty; some may be ``WithImages``.
         tokens: How many token ids that is.
-        content_hash: sha256 over the sequences, the same on every machine.
+        content_hash: sha256 over the sequences and their images, the same on every machine.
         sources: One JSON-able mapping per source: as the recipe has it, with ``rows`` (how
             many it has) and ``sampled`` (how many were taken).
         template: sha256 of the chat template, if one was used.
@@ -94,6 +102,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase,
     model_label: str,
     limit: int | None = None,
+    find_processor: Callable[[], RowProcessor | None] = lambda: None,
 ) -> TokenizedCalibration:
     """Reads, samples and tokenizes all of an expert's calibration data.
 
@@ -102,6 +111,8 @@ def prepare(
         tokenizer: The expert's own.
         model_label: What to call the expert in errors.
         limit: The longest sequence that the model can take, if it has such a limit.
+        find_processor: Gives the expert's processor, or None if it takes no images; called only
+            if a row has any.
 
     Raises:
         CalibrationError: if data can't be read, or has a row that can't be used.
@@ -114,11 +125,13 @@ def prepare(
             f"{calibration.max_length}"
         )
     texts: list[str] = []
+    illustrated: list[WithImages] = []
     sources = []
     for source in calibration.sources:
         try:
             rows = load_rows(source)
-            drawn = _draw_texts(rows, source, calibration.seed, tokenizer)
+            reader = _Reader(rows, source, tokenizer, find_processor, max_length)
+            drawn = _draw(reader, calibration.seed)
         except CalibrationError as error:
             raise CalibrationError(f"{model_label}: {error.message}") from error
         if len(drawn) < source.samples:
@@ -126,7 +139,12 @@ def prepare(
                 f"{source.data} has {len(drawn)} usable rows, fewer than the {source.samples} "
                 "samples asked for: all are used"
             )
-        texts += drawn
+        if reader.ignores_images:
+            warnings.append(
+                f"{source.data} has images, but the model takes none: only the text is used"
+            )
+        illustrated += [row for row in drawn if isinstance(row, WithImages)]
+        texts += [row for row in drawn if isinstance(row, str)]
         described = source.model_dump(exclude_none=True)
         if rows.split is not None:
             described["split"] = rows.split
@@ -139,21 +157,24 @@ def prepare(
             sequences = tokenize(texts, tokenizer, max_length)
     except CalibrationError as error:
         raise CalibrationError(f"{model_label}: {error.message}") from error
+    sequences += illustrated
     if not sequences:
         names = ", ".join(source.data for source in calibration.sources)
         raise CalibrationError(
             f"{model_label}: {names}: the tokenizer makes no tokens of it; "
             "check the model's tokenizer files"
         )
-    template = None
+    templates = {row.template for row in illustrated if row.template}
     if any(isinstance(text, ChatText) for text in texts):
-        template = hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
+        templates.add(tokenizer.get_chat_template())
     return TokenizedCalibration(
         sequences=sequences,
         tokens=sum(map(len, sequences)),
         content_hash=content_hash(sequences),
         sources=sources,
-        template=template,
+        template=hashlib.sha256("".join(sorted(templates)).encode()).hexdigest()
+        if templates
+        else None,
         warnings=warnings,
     )
 
@@ -396,7 +417,7 @@ def _text_or_messages(row: Row, name: str) -> str | Messages:
     )
 
 
-def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase) -> ChatText:
+def _render(messages: Messages, tokenizer: PreTrainedTokenizerBase | ProcessorMixin) -> ChatText:
     # Asked first: apply_chat_template tells a missing template by its own, longer error.
     if not tokenizer.chat_template:
         raise CalibrationError(
@@ -426,20 +447,65 @@ def sample_order(count: int, samples: int, seed: int) -> list[int]:
     )
 
 
-def _draw_texts(
-    rows: Rows, source: DataSource, seed: int, tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    """The texts of ``source.samples`` rows that are not empty, in the rows' own order."""
-    drawn: dict[int, str] = {}
+@dataclass
+class _Reader:
+    """Reads the rows of one source.
+
+    Attributes:
+        ignores_images: Whether there were images, in rows read so far, that the model can't take.
+    """
+
+    rows: Rows
+    source: DataSource
+    tokenizer: PreTrainedTokenizerBase
+    find_processor: Callable[[], RowProcessor | None]
+    max_length: int
+    ignores_images: bool = False
+
+    def read(self, index: int) -> str | WithImages:
+        """A row's text, or its tokens if it has images; empty if the row is."""
+        row = self.rows[index]
+        value = row_input(row, self.source)
+        if row_images(row, self.source.images, value):
+            processor = self.find_processor()
+            if processor:
+                return self._with_images(index, value, processor)
+            self.ignores_images = True
+        text = value if isinstance(value, str) else _render(value, self.tokenizer)
+        text.encode()
+        return text
+
+    def _with_images(
+        self, index: int, value: str | Messages, processor: RowProcessor
+    ) -> WithImages:
+        folder = os.path.expanduser(self.source.data)
+        if is_local_file(folder):
+            folder = os.path.dirname(folder)
+
+        def images() -> list[Any]:
+            found = row_images(self.rows[index], self.source.images, value)
+            return [read_image(image, folder) for image in found]
+
+        text, chat = value, False
+        if not isinstance(value, str):
+            count = len(row_images(self.rows[index], self.source.images, value))
+            text, chat = _render(with_items(value, count), processor.processor), True
+        assert isinstance(text, str)
+        text.encode()
+        return processor.tokenize(text, images, self.max_length, chat=chat)
+
+
+def _draw(reader: _Reader, seed: int) -> list[str | WithImages]:
+    """What ``samples`` rows that are not empty hold, in the rows' own order."""
+    rows, source = reader.rows, reader.source
+    drawn: dict[int, str | WithImages] = {}
     looked_at = 0
     wanted = source.samples
     while True:
         order = sample_order(len(rows), wanted, seed)
         for index in order[looked_at:]:
             try:
-                value = row_input(rows[index], source)
-                text = value if isinstance(value, str) else _render(value, tokenizer)
-                text.encode()
+                read = reader.read(index)
             except UnicodeEncodeError as error:  # JSON can hold it, no tokenizer takes it
                 raise CalibrationError(
                     f"{source.data}, {rows.where(index)}: holds half a character "
@@ -449,8 +515,8 @@ def _draw_texts(
                 raise CalibrationError(
                     f"{source.data}, {rows.where(index)}: {error.message}"
                 ) from error
-            if text:
-                drawn[index] = text
+            if read:
+                drawn[index] = read
             if len(drawn) == source.samples:
                 break
         if len(drawn) == source.samples or len(order) == len(rows):
@@ -458,6 +524,13 @@ def _draw_texts(
         looked_at, wanted = len(order), 2 * wanted  # empty rows: look further
     if not drawn:
         raise CalibrationError(f"{source.data}: is empty: none of its rows holds any text")
+    longest = max(drawn, key=lambda index: isinstance(drawn[index], WithImages) * len(drawn[index]))
+    if isinstance(drawn[longest], WithImages) and len(drawn[longest]) > reader.max_length:
+        raise CalibrationError(
+            f"{source.data}, {rows.where(longest)}: its image tokens don't fit max_length "
+            f"{reader.max_length}: with them it has {len(drawn[longest])} tokens, the most of "
+            "all rows; raise max_length to that, or use smaller images"
+        )
     return [drawn[index] for index in sorted(drawn)]
 
 
@@ -521,15 +594,22 @@ def pack(sequences: Iterable[Sequence[int]], length: int, separator: int | None)
 
 
 def content_hash(sequences: Iterable[Sequence[int]]) -> str:
-    """sha256 over each sequence's length and token ids, as little-endian 64-bit integers."""
+    """sha256 over each sequence's length and token ids, as little-endian 64-bit integers.
+
+    After those of a sequence with images comes the sha256 of the images.
+    """
     digest = hashlib.sha256()
     for sequence in sequences:
         digest.update(struct.pack(f"<{len(sequence) + 1}q", len(sequence), *sequence))
+        if isinstance(sequence, WithImages):
+            digest.update(sequence.content)
     return digest.hexdigest()
 
 
 def next_batch(ordered: Sequence[list[int]], start: int, size: int) -> Sequence[list[int]]:
     """The sequences from ``start`` on that make a batch: up to ``size``, all of one length.
+
+    One with images is a batch of its own.
 
     Args:
         ordered: Token ids, sorted by length.
@@ -539,7 +619,11 @@ def next_batch(ordered: Sequence[list[int]], start: int, size: int) -> Sequence[
     if size < 1:
         raise ValueError(f"size should be at least 1, found {size}")
     end = start + 1
-    while end < min(start + size, len(ordered)) and len(ordered[end]) == len(ordered[start]):
+    while (
+        end < min(start + size, len(ordered))
+        and len(ordered[end]) == len(ordered[start])
+        and not any(isinstance(sequence, WithImages) for sequence in ordered[end - 1 : end + 1])
+    ):
         end += 1
     return ordered[start:end]
 

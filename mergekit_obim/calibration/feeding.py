@@ -1,4 +1,4 @@
-"""Running text through a model, or through what part of it takes text."""
+"""Running text, and images, through a model, or through what part of it takes text."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import inspect
 from typing import Any
 
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 
-def feed(model: PreTrainedModel, ids: Tensor) -> None:
+def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> None:
     """One forward pass.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
@@ -19,6 +19,7 @@ def feed(model: PreTrainedModel, ids: Tensor) -> None:
     Args:
         model: Of any of transformers' classes.
         ids: [sequences, tokens], int64, on the model's device; no padding.
+        images: What the model's processor gives beside the ids, of a row with images.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)
@@ -29,6 +30,8 @@ def feed(model: PreTrainedModel, ids: Tensor) -> None:
             head(hidden)
         return
     more: dict[str, Any] = {}
+    if images is not None:
+        more |= images.to(ids.device, dtype=model.dtype)  # of floating-point tensors
     if getattr(model.config, "is_encoder_decoder", False):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         more["decoder_input_ids"] = shift(labels=ids) if shift else ids

@@ -9,11 +9,12 @@ from typing import Literal
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import BatchFeature, PreTrainedModel
 
 from mergekit_obim.calibration.capture import CurvatureCapture, input_device
 from mergekit_obim.calibration.data import next_batch
 from mergekit_obim.calibration.feeding import feed
+from mergekit_obim.calibration.images import WithImages
 from mergekit_obim.calibration.memory import most_tokens, out_of_memory, release
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
@@ -79,7 +80,9 @@ def run_through(
             size = max(1, tokens // longest) if batch_size == "auto" else batch_size
             rows = next_batch(ordered, done, size)
             ids = torch.tensor(rows, device=device)
-            if not _fits(model, ids, capture, may_not=batch_size == "auto" and len(rows) > 1):
+            images = rows[0].inputs() if isinstance(rows[0], WithImages) else None
+            may_not = batch_size == "auto" and len(rows) > 1
+            if not _fits(model, ids, images, capture, may_not=may_not):
                 tokens = len(rows) // 2 * longest
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
                 release()
@@ -95,12 +98,17 @@ def run_through(
 
 
 def _fits(
-    model: PreTrainedModel, ids: torch.Tensor, capture: CurvatureCapture, *, may_not: bool
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    images: BatchFeature | None,
+    capture: CurvatureCapture,
+    *,
+    may_not: bool,
 ) -> bool:
     """Run a batch; whether memory sufficed. If not, nothing of it was counted."""
     try:
         with capture:  # which turns gradients off
-            feed(model, ids)
+            feed(model, ids, images)
     except Exception as error:
         if not may_not or not out_of_memory(error):
             raise

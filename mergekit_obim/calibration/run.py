@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
-from mergekit.common import ModelReference, dtype_from_name
+from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.io import LazyTensorLoader
-from transformers import AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers.utils.hub import cached_file
+from transformers.utils.import_utils import is_torchvision_available
 
 from mergekit_obim import __version__
 from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration, prepare
+from mergekit_obim.calibration.images import RowProcessor, placeholders, require_pillow
 from mergekit_obim.calibration.loading import does_not_fit, loaded
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.names import stored_parts, weight_names
@@ -48,6 +52,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 LOG = logging.getLogger("mergekit_obim")
+
+_TOKENIZER_FILES = (
+    *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
+    *("spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+)
+_PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
 @dataclass(frozen=True)
@@ -99,8 +109,8 @@ def prepare_expert(
 
     Args:
         expert: Who is measured, on what.
-        base_model: The recipe's base, for its tokenizer where the expert has none, and for
-            dense files; None where only its slices have one.
+        base_model: The recipe's base, for its tokenizer and its processor where the expert has
+            none, and for dense files; None where only its slices have one.
         out_dir: The folder to write ``<model-name>.safetensors`` to.
         options: Where and how.
         ranks: The processes that share the work; what is in OUT_DIR is the first one's business.
@@ -113,9 +123,18 @@ def prepare_expert(
     reference = ModelReference.model_validate(expert.reference)
     base = ModelReference.model_validate(base_model) if base_model else None
     config = _config(reference, options)
+    if base:
+        _refuse_quantised_base(base, options)
     weights = _Weights(expert.model, reference, options)
-    tokenizer = _tokenizer(expert.model, [reference, *([base] if base else [])], options)
-    data = prepare(expert.calibration, tokenizer, expert.model, _length_limit(tokenizer, config))
+    places = _places([reference, *([base] if base else [])])
+    tokenizer = _tokenizer(expert.model, places, options)
+    data = prepare(
+        expert.calibration,
+        tokenizer,
+        expert.model,
+        _length_limit(tokenizer, config),
+        cache(lambda: _processor(places, options, config, tokenizer)),
+    )
     _check_vocabulary(expert.model, data, config)
     wanted = SaliencyMetadata(
         form="dense" if options.dense else "factored",
@@ -309,6 +328,15 @@ def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
     return config
 
 
+def _refuse_quantised_base(base: ModelReference, options: RunOptions) -> None:
+    """As the merge will. A base that is not here is needed only then."""
+    try:
+        config = base.config(trust_remote_code=options.trust_remote_code)
+    except Exception:
+        return
+    refuse_quantised(str(base), config)
+
+
 def _refuse_code(label: str, what: str, error: Exception) -> None:
     """Raise if transformers failed because it must not run code that comes with a model."""
     if "trust_remote_code" in str(error):
@@ -318,29 +346,93 @@ def _refuse_code(label: str, what: str, error: Exception) -> None:
         ) from error
 
 
-def _tokenizer(
-    label: str, references: list[ModelReference], options: RunOptions
-) -> PreTrainedTokenizerBase:
-    """The expert's own tokenizer, or that of the model its adapter is for, or the base's."""
-    places = [
+def _places(references: list[ModelReference]) -> list[ModelPath]:
+    """Where to look for an expert's tokenizer: its adapter, its model, the base."""
+    return [
         place for reference in references for place in (reference.lora, reference.model) if place
     ]
-    problems = []
+
+
+def _tokenizer(label: str, places: list[ModelPath], options: RunOptions) -> PreTrainedTokenizerBase:
+    """The tokenizer of the first place that has one: transformers makes some up from nothing."""
     for place in places:
+        if not _has(place, _TOKENIZER_FILES, options):
+            continue
         try:
-            return cast(
-                "PreTrainedTokenizerBase",
-                AutoTokenizer.from_pretrained(
-                    place.path,
-                    revision=place.revision,
-                    trust_remote_code=options.trust_remote_code,
-                    cache_dir=options.transformers_cache,
-                ),
-            )
+            return cast("PreTrainedTokenizerBase", _from(AutoTokenizer, place, options))
         except Exception as error:
             _refuse_code(label, "its tokenizer", error)
-            problems.append(f"{place}: {quoted(error)}")
-    raise CalibrationError(f"model {label}: no tokenizer found ({'; '.join(problems)})")
+            raise CalibrationError(
+                f"model {label}: the tokenizer of {place} can't be loaded: {quoted(error)}; mend "
+                "its files, or remove them where the base's tokenizer will do"
+            ) from error
+    raise CalibrationError(
+        f"model {label}: no tokenizer found: none of {', '.join(map(str, places))} has any of "
+        f"{', '.join(_TOKENIZER_FILES)}"
+    )
+
+
+def _processor(
+    places: list[ModelPath],
+    options: RunOptions,
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+) -> RowProcessor | None:
+    """The expert's own processor, or else the base's; None for a model without vision.
+
+    Raises:
+        CalibrationError: A vision-language model has none; without the model's name.
+    """
+    for place in places:
+        if not _has(place, _PROCESSOR_FILES, options):
+            continue
+        require_pillow()
+        try:
+            processor = _from(AutoProcessor, place, options)
+        except Exception as error:
+            _refuse_code(str(place), "its processor", error)
+            or_install = "" if is_torchvision_available() else ", or install torchvision for it"
+            raise CalibrationError(
+                f"has images, but the processor of {place} can't be loaded: {quoted(error)}; mend "
+                f"its files{or_install}"
+            ) from error
+        if isinstance(processor, ProcessorMixin) and hasattr(processor, "image_processor"):
+            # The expert's, with which its other rows are read.
+            processor.tokenizer = tokenizer
+            processor.chat_template = processor.chat_template or tokenizer.chat_template
+            return RowProcessor(processor, placeholders(config))
+    if not hasattr(config, "vision_config"):
+        return None
+    raise CalibrationError(
+        "has images, but neither the model nor its base has a processor: copy "
+        "preprocessor_config.json, and processor_config.json if there is one, from the model that "
+        "it was made from, or name another images column"
+    )
+
+
+def _from(kind: Any, place: ModelPath, options: RunOptions) -> Any:
+    return kind.from_pretrained(
+        place.path,
+        revision=place.revision,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.transformers_cache,
+    )
+
+
+def _has(place: ModelPath, files: Collection[str], options: RunOptions) -> bool:
+    """Whether a model's folder or repository has any of these files."""
+    return any(
+        cached_file(
+            place.path,
+            name,
+            revision=place.revision,
+            cache_dir=options.transformers_cache,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+            _raise_exceptions_for_gated_repo=False,
+        )
+        for name in files
+    )
 
 
 def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
@@ -353,7 +445,8 @@ def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
 def _check_vocabulary(label: str, data: TokenizedCalibration, config: PretrainedConfig) -> None:
     """An unknown token would end in an IndexError, or on a GPU in a broken device."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
-    highest = max(map(max, data.sequences))
+    # What stands for an image need be no word.
+    highest = max(set().union(*data.sequences) - placeholders(config), default=0)
     if vocabulary and highest >= vocabulary:
         raise CalibrationError(
             f"model {label}: its tokenizer makes token {highest} of the calibration data, but the "

@@ -33,7 +33,7 @@ FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 # Keys that mean something only for a Hugging Face data set.
 _HUB_KEYS = ("config", "split", "revision")
 # Keys of one data source that may also stand beside `data`, for every source in it.
-_SOURCE_KEYS = (*_HUB_KEYS, "column", "include_completion", "samples")
+_SOURCE_KEYS = (*_HUB_KEYS, "column", "images", "include_completion", "samples")
 
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 
@@ -68,6 +68,7 @@ class DataSource(BaseModel):
         split: The data set's split; left out, ``train``, or the only one there is.
         revision: The data set's branch, tag or commit.
         column: The field that holds the input, instead of the usual ones.
+        images: The field that holds a row's images, instead of ``images``.
         include_completion: Whether a row's ``completion`` follows its ``prompt``.
         samples: How many rows to draw.
     """
@@ -79,6 +80,7 @@ class DataSource(BaseModel):
     split: str | None = None
     revision: str | None = None
     column: str | None = None
+    images: str | None = None
     include_completion: StrictBool = False
     samples: _Positive = 100  # the paper's, which finds 10 to come close (its table 5)
 

@@ -1,0 +1,220 @@
+"""Calibration rows with images: the model's processor makes the inputs, of text and images at once.
+
+A row with images runs alone, since what it brings beside its tokens has a shape of its own. Its
+pixels are made when the row is looked at, for its tokens, and again when it runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
+
+from mergekit_obim.errors import CalibrationError, quoted
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
+
+COLUMN = "images"
+
+
+class WithImages(list[int]):
+    """The token ids of a row with images.
+
+    Attributes:
+        content: A hash of its images, and of how the processor is to show them.
+        template: The chat template that it was written with, if it was.
+        inputs: Makes what the model is given beside the ids.
+    """
+
+    def __init__(
+        self,
+        ids: Iterable[int],
+        content: bytes,
+        template: str | None,
+        inputs: Callable[[], BatchFeature],
+    ) -> None:
+        super().__init__(ids)
+        self.content, self.template, self.inputs = content, template, inputs
+
+
+class RowProcessor:
+    """A model's processor, for one row at a time.
+
+    Attributes:
+        processor: transformers', with an image processor and a tokenizer.
+
+    Args:
+        processor: The same.
+        placeholders: The token ids that stand for images in the model's input.
+    """
+
+    def __init__(self, processor: ProcessorMixin, placeholders: Iterable[int]) -> None:
+        self.processor = processor
+        self._placeholders = {*placeholders, getattr(processor, "image_token_id", None)}
+
+    def tokenize(
+        self, text: str, images: Callable[[], list[Image]], max_length: int, *, chat: bool
+    ) -> WithImages:
+        """The row's token ids, cut at ``max_length``; longer if that would cut an image.
+
+        Args:
+            text: The row's, written by the chat template or not.
+            images: Reads the row's images.
+            max_length: Where to cut, special tokens counted.
+            chat: Whether a chat template has put special tokens and image tokens in already.
+
+        Raises:
+            CalibrationError: the processor does not take the row.
+        """
+        read = images()
+        token = getattr(self.processor, "image_token", None)
+        if not chat and token and (there := text.count(token)) != len(read):
+            if there:
+                raise CalibrationError(
+                    f"has {len(read)} images, but {there} image tokens ({token}) in its text; "
+                    "write one for each, or none to have all images before the text"
+                )
+            text = f"{token}\n" * len(read) + text  # as LLaVA has it; some want them apart
+        options: dict[str, Any] = {"add_special_tokens": not chat}
+        ids = self._run(text, read, options)["input_ids"][0].tolist()
+        if len(ids) > max_length:
+            cut = {**options, "truncation": True, "max_length": max_length}
+            try:
+                shorter = self._run(text, read, cut)["input_ids"][0].tolist()
+            except CalibrationError:  # most processors refuse to cut images
+                shorter = []
+            if self._images_in(shorter) == self._images_in(ids):
+                ids, options = shorter, cut
+        digest = hashlib.sha256(self.processor.image_processor.to_json_string().encode())
+        for image in read:
+            digest.update(hashlib.sha256(f"{image.size}".encode() + image.tobytes()).digest())
+
+        def inputs() -> BatchFeature:
+            made = self._run(text, images(), options)
+            del made["input_ids"]
+            return made
+
+        template = str(self.processor.chat_template) if chat else None
+        return WithImages(ids, digest.digest(), template, inputs)
+
+    def _images_in(self, ids: list[int]) -> int:
+        return sum(token in self._placeholders for token in ids)
+
+    def _run(self, text: str, images: list[Image], options: Mapping[str, Any]) -> BatchFeature:
+        try:
+            made: BatchFeature = self.processor(
+                text=[text], images=[images], return_tensors="pt", **options
+            )
+        except Exception as error:  # each model's has errors of its own
+            raise CalibrationError(
+                f"the model's processor doesn't take this row: {quoted(error)}"
+            ) from error
+        return made
+
+
+def placeholders(config: PretrainedConfig) -> set[int]:
+    """The token ids that stand for images in a model's input."""
+    known = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
+    return {token for token in known if token is not None}
+
+
+def row_images(row: Mapping[str, Any], column: str | None, messages: object) -> list[Any]:
+    """What a row has of images, none read yet: its column's, or else those in its messages.
+
+    Raises:
+        CalibrationError: the recipe names a column that the row lacks.
+    """
+    if column and column not in row:
+        raise CalibrationError(
+            f"has no column {column!r} for its images; it has {', '.join(map(str, row))}"
+        )
+    value = row.get(column or COLUMN)
+    if value:
+        return list(value) if isinstance(value, (list, tuple)) else [value]
+    if not isinstance(messages, list):
+        return []
+    items = [item for message in messages for item in _items(message.get("content"))]
+    given = (item.get("image") or item.get("path") for item in items if item["type"] == "image")
+    return [image for image in given if image]
+
+
+def with_items(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages with an item for each image, as processors' chat templates want them.
+
+    Where there are none, the images come before the first user message's text.
+
+    Raises:
+        CalibrationError: there are others than the row has images.
+    """
+    listed = [{**message, "content": _items(message.get("content"))} for message in messages]
+    there = sum(item["type"] == "image" for message in listed for item in message["content"])
+    if not there:
+        first = next((m for m in listed if m["role"] == "user"), listed[0])
+        first["content"] = [{"type": "image"}] * count + first["content"]
+    elif there != count:
+        raise CalibrationError(
+            f"has {count} images, but its messages have {there} items of type image; write one "
+            "for each, or none to have all images before the first user message"
+        )
+    return listed
+
+
+def _items(content: object) -> list[dict[str, Any]]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    items = content if isinstance(content, (list, tuple)) else []
+    # Parquet gives every item the fields of all others, as None; templates test for them.
+    known = ({k: v for k, v in item.items() if v is not None} for item in items)
+    return [{"type": "text", **item} for item in known]
+
+
+def read_image(value: object, folder: str) -> Image:
+    """An image, upright and in RGB.
+
+    Args:
+        value: A file's path; a file's bytes; a mapping of ``bytes`` or ``path``, as the
+            ``datasets`` library stores images; or Pillow's image.
+        folder: Where a relative path starts.
+
+    Raises:
+        CalibrationError: naming the file.
+    """
+    require_pillow()
+    from PIL import Image, UnidentifiedImageError
+    from transformers.image_utils import load_image
+
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not isinstance(value, (str, bytes, Image.Image)) or not value:
+        raise CalibrationError(
+            "its images should be files' paths, {bytes, path} or bytes, found "
+            f"{type(value).__name__}"
+        )
+    name = "one of its images"
+    try:
+        if isinstance(value, str):
+            value = os.path.join(folder, os.path.expanduser(value))
+            name = f"its image {value}"
+            with open(value, "rb") as file:
+                value = file.read()
+        return load_image(Image.open(BytesIO(value)) if isinstance(value, bytes) else value)
+    except FileNotFoundError as error:
+        raise CalibrationError(f"{name}: there is no such file") from error
+    except UnidentifiedImageError as error:
+        raise CalibrationError(f"{name} is in no format that Pillow reads") from error
+    except Exception as error:  # Pillow raises nearly every kind
+        raise CalibrationError(f"{name} can't be read: {quoted(error)}") from error
+
+
+def require_pillow() -> None:
+    try:
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise CalibrationError(
+            "has images, and Pillow, which reads them, is not installed: "
+            "pip install 'mergekit-obim[images]'"
+        ) from error
