@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +38,23 @@ def merging_options(command: F) -> F:
     return command
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import with no search for garbage: of mergekit's modules it takes a second, for nothing."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 def start(options: dict[str, Any]) -> MergeOptions:
     """Set up logging, and mergekit's options from ours."""
     logging.basicConfig(level=logging.INFO if options.pop("verbose") else logging.WARNING)
-    from mergekit.options import MergeOptions
+    with importing():
+        from mergekit.options import MergeOptions
 
     return MergeOptions(**options)
 
@@ -100,14 +115,16 @@ def report(
     content = read_recipe(recipe)
     merging = start(options)
 
-    from mergekit_obim.planned import read_config
-    from mergekit_obim.report.gather import gather
-    from mergekit_obim.report.summary import summarize
+    with importing():
+        from mergekit_obim.planned import read_config
+        from mergekit_obim.report.gather import gather
+        from mergekit_obim.report.summary import summarize
 
     write = output is not None or not as_json
     if write:
         try:
-            from mergekit_obim.report.page import render
+            with importing():
+                from mergekit_obim.report.page import render
         except ImportError as error:
             raise RecipeError(
                 f"the charts need matplotlib ({one_line(error)}): pip install "
