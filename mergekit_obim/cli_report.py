@@ -40,12 +40,13 @@ def merging_options(command: F) -> F:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Import with no search for garbage: of mergekit's modules it takes a second, for nothing."""
+    """Import with no search for garbage, then or later: modules stay, and looking takes seconds."""
     collecting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
         if collecting:
             gc.enable()
 
