@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -36,10 +38,24 @@ def merging_options(command: F) -> F:
     return command
 
 
+@contextmanager
+def importing() -> Iterator[None]:
+    """Import with no search for garbage, then or later: modules stay, and looking takes seconds."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if collecting:
+            gc.enable()
+
+
 def start(options: dict[str, Any]) -> MergeOptions:
     """Set up logging, and mergekit's options from ours."""
     logging.basicConfig(level=logging.INFO if options.pop("verbose") else logging.WARNING)
-    from mergekit.options import MergeOptions
+    with importing():
+        from mergekit.options import MergeOptions
 
     return MergeOptions(**options)
 
@@ -100,14 +116,16 @@ def report(
     content = read_recipe(recipe)
     merging = start(options)
 
-    from mergekit_obim.planned import read_config
-    from mergekit_obim.report.gather import gather
-    from mergekit_obim.report.summary import summarize
+    with importing():
+        from mergekit_obim.planned import read_config
+        from mergekit_obim.report.gather import gather
+        from mergekit_obim.report.summary import summarize
 
     write = output is not None or not as_json
     if write:
         try:
-            from mergekit_obim.report.page import render
+            with importing():
+                from mergekit_obim.report.page import render
         except ImportError as error:
             raise RecipeError(
                 f"the charts need matplotlib ({one_line(error)}): pip install "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -104,8 +105,10 @@ def h_of(family: Family, k: int, name: str) -> np.ndarray | float:
         ({}, (1, 1, 1)),
         ({"parameters": {"order": "recipe", "lambda": 1.5}}, (1.5, 1.5, 1.5)),
         ({"parameters": {"assignment": "least_error"}}, (1, 1, 1)),
+        ({"parameters": {"assignment": "nearest"}}, (1, 1, 1)),
+        ({"parameters": {"assignment": "nearest", "stretch": 1.2, "lambda": 0.5}}, (0.5,) * 3),
     ],
-    ids=["rotation", "scaled", "least_error"],
+    ids=["rotation", "scaled", "least_error", "nearest", "nearest, stretched and scaled"],
 )
 def test_the_numbers_are_those_of_the_merge(
     family: Family, tmp_path: Path, changes: dict[str, Any], scales: Sequence[float]
@@ -146,6 +149,56 @@ def test_the_numbers_are_those_of_the_merge(
         assert shares["error"] == pytest.approx(sum(t["error"][k] for t in measured) / total)
         parts = shares["kept"] + shares["overwritten"] + shares["dropped"]
         assert parts == pytest.approx(1)
+
+
+@pytest.mark.parametrize("assignment", ["least_error", "nearest"])
+def test_shares_without_densities_are_the_merged_model_s(
+    family: Family, tmp_path: Path, assignment: str
+) -> None:
+    """Told weight by weight, to the bit, from whose value the merged model has there."""
+    parameters = {"saliency": str(family.root / "saliency"), "assignment": assignment}
+    models = family.recipe()["models"]
+    for model, weight in zip(models, (1.0, 0.5, 2.0), strict=True):
+        model["parameters"] = {"weight": weight}
+    recipe = family.recipe(parameters=parameters, models=models)
+    merged = family.merged(recipe, tmp_path)
+    counts: dict[str, list[int]] = {}
+    for name, tensor in merged.items():
+        values = [*(expert[name] for expert in family.experts), family.base[name]]
+        same = torch.stack([tensor == value for value in values])
+        assert bool((same.sum(0) == 1).all()), name  # the values are distinct: one owner each
+        counts[name] = same.flatten(1).sum(1).tolist()
+    found = report(recipe, tmp_path, "--merged", tmp_path / "merged")
+    assert {tensor["name"]: tensor["owned"] for tensor in found["tensors"]} == counts
+    total = np.sum(list(counts.values()), axis=0).tolist()
+    assert found["owned"] == total
+    assert min(total) > 0  # each expert and the base have some
+    for level in ("layers", "cells"):
+        assert np.sum([part["owned"] for part in found[level]], axis=0).tolist() == total
+    layer = next(part for part in found["layers"] if part["place"] == "model.layers.1")
+    inside = [counts[name] for name in counts if name.startswith("model.layers.1.")]
+    assert layer["owned"] == np.sum(inside, axis=0).tolist()
+    assert found["differing"] == []
+
+
+@pytest.mark.parametrize("assignment", ["least_error", "nearest"])
+def test_the_page_without_densities_has_the_same_parts(
+    family: Family, tmp_path: Path, assignment: str
+) -> None:
+    pages = {}
+    for name in ("iterative", assignment):
+        parameters = {"saliency": str(family.root / "saliency"), "assignment": name}
+        path = commands.write_recipe(tmp_path, family.recipe(parameters=parameters))
+        succeed(commands.obim_report(path, "-o", tmp_path / f"{name}.html", "--quiet"))
+        pages[name] = (tmp_path / f"{name}.html").read_text(encoding="utf-8")
+    page = pages[assignment]
+    assert re.findall(r"<h2>.*?</h2>", page) == re.findall(r"<h2>.*?</h2>", pages["iterative"])
+    # A share map and an error chart an expert, and kinship; nothing is contested, nothing varies.
+    assert page.count("<svg") == page.count("<figcaption") == 3 + 3 + 1
+    says(page, f"assignment: {assignment}", "no densities", "no order")
+    assert "density</th>" in pages["iterative"]
+    assert "density</th>" not in page
+    assert "nan" not in re.sub(r"<svg.*?</svg>", "", page, flags=re.DOTALL)
 
 
 def test_what_is_contested(family: Family, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 _INK = "#010203"
@@ -173,7 +174,14 @@ def _mark_places(axes: Any, places: Sequence[str], offset: float = 0.0) -> None:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    # `savefig` would draw everything twice, and lay it out each time.
+    engine = figure.get_layout_engine()
+    assert engine is not None
+    figure.dpi = 72  # an SVG's
+    engine.execute(figure)
+    figure.set_layout_engine("none")
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

@@ -83,16 +83,15 @@ def short_names(experts: Sequence[str]) -> list[str]:
 
 def _overview(report: dict[str, Any], names: list[str]) -> str:
     elements = report["elements"]
-    densities = report["densities"] or [None] * len(names)
+    columns = ["weights", "kept", "overwritten", "dropped", "error"]
     rows = []
-    for name, owned, density, shares in zip(
-        names, report["owned"], densities, report["experts_total"], strict=False
-    ):
-        rows.append(
-            [name, _percent(density), _percent(owned / elements)]
-            + [_percent(shares[key]) for key in ("kept", "overwritten", "dropped", "error")]
-        )
-    rows.append(["the base", "", _percent(report["owned"][-1] / elements), "", "", "", ""])
+    for name, owned, shares in zip(names, report["owned"], report["experts_total"], strict=False):
+        rows.append([name, _percent(owned / elements), *(_percent(shares[k]) for k in columns[1:])])
+    rows.append(["the base", _percent(report["owned"][-1] / elements), *[""] * 4])
+    if report["densities"]:
+        columns.insert(0, "density")
+        for row, density in zip(rows, [*report["densities"], None], strict=True):
+            row.insert(1, _percent(density))
     notes = []
     if report["differing"]:
         first, more = report["differing"][0], len(report["differing"]) - 1
@@ -116,7 +115,7 @@ def _overview(report: dict[str, Any], names: list[str]) -> str:
             "The experts. Kept, overwritten and dropped are shares of the expert's own saliency. "
             "Error is the predicted error of the layers' outputs on its calibration data: 0 % is "
             "the expert itself, 100 % the base.",
-            ["expert", "density", "weights", "kept", "overwritten", "dropped", "error"],
+            ["expert", *columns],
             rows,
         )
     )
@@ -153,8 +152,13 @@ def _shares(report: dict[str, Any], names: list[str]) -> str:
 
 
 def _contested(report: dict[str, Any], names: list[str]) -> str:
+    title = "What more than one expert wanted"
     if report["contested"] is None:
-        return ""
+        text = (
+            "This assignment has no densities, so no expert wants a set share of the weights, and "
+            "none is contested: each is given to the value that costs all experts together least."
+        )
+        return _section(title, text, [])
     layers = [layer for layer in report["layers"] if layer["contested"] is not None]
     places = [layer["place"] for layer in layers]
     owners = [*names, "the base"]
@@ -187,7 +191,7 @@ def _contested(report: dict[str, Any], names: list[str]) -> str:
         ),
     )
     return _section(
-        "What more than one expert wanted",
+        title,
         "A weight is contested if it is among the best of two or more experts, each taken as if it "
         "were alone. The one that chooses first in that layer gets it. Estimated from 2,048 "
         "weights of each tensor.",
@@ -238,7 +242,10 @@ def _errors(report: dict[str, Any], names: list[str]) -> str:
 
 
 def _curve(report: dict[str, Any], names: list[str]) -> str:
-    if not report["curve"]:
+    heading = "Other orders and densities"
+    if not report["densities"]:
+        return _section(heading, "This assignment has no order and no densities.", [])
+    if not report["curve"]:  # all densities are 0
         return ""
     orders = _unique(point["order"] for point in report["curve"])
     sums = _unique(point["density"] for point in report["curve"])
@@ -282,7 +289,7 @@ def _curve(report: dict[str, Any], names: list[str]) -> str:
             )
         )
     return _section(
-        "Other orders and densities",
+        heading,
         "What other settings would keep, with the densities in the recipe's proportions: an "
         "estimate from a sample of each tensor's weights, without merging. It says what the "
         "layers' outputs would be on calibration data, not how good a merged model is.",
