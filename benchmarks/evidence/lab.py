@@ -283,7 +283,7 @@ class Lab:
             },
             "dtype": "float32",
         }  # fmt: skip
-        if merge.needs_saliency():
+        if merge.needs_saliency() and "saliency" not in merge.shared:
             for model, expert in zip(models, merge.experts, strict=True):
                 files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)

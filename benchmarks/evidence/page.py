@@ -173,6 +173,7 @@ FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "source": _crossed("math is calibrated on"),
     "samples": _crossed("samples"),
     "order": _by_task("order"),
+    "unscored": _crossed("half has no h"),
     "count": _count,
     "answers": _by_task("answers right"),
     "forgetting": _by_task("loss"),

@@ -12,6 +12,8 @@ from typing import Any
 
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge
 from benchmarks.evidence.variants import table_variants
+from mergekit_obim.layers import block_of
+from mergekit_obim.saliency_file import SaliencyFile, write_saliency
 
 # Calibrated OBIM with the share that most small tables use; a third of all for what needs rivalry.
 OBIM = Merge("obim", each={"density": 0.1})
@@ -240,6 +242,33 @@ def table_order(lab: Lab) -> dict[str, Any]:
     return rows
 
 
+def table_unscored(lab: Lab) -> dict[str, Any]:
+    """What becomes of weights that have no h: here those of every other layer."""
+    kept = lab.folder / "saliency/every-other-layer"
+    for task in TRIO:
+        file = SaliencyFile(lab.saliency(task))
+        blocks = {name: block_of(name) for name in file.shapes}
+        shapes = {name: x for name, x in file.shapes.items()
+                  if (block := blocks[name]) is None or block[1] % 2 == 0}  # fmt: skip
+        write_saliency(kept / file.path.name, shapes, file.__getitem__, file.metadata)
+
+    def recovery(merge: Merge, unscored: str) -> dict[str, float]:
+        shared = {**merge.shared, "unscored": unscored, "saliency": str(kept)}
+        return lab.recovery(replace(merge, shared=shared))
+
+    every = methods()
+    return {
+        way: {
+            "all are scored": lab.recovery(merge),
+            **{kind: recovery(merge, kind) for kind in ("magnitude", "random", "base")},
+        }
+        for way, merge in (
+            ("OBIM, density 0.1", OBIM), ("OBIM", every["OBIM"].default),
+            ("OBIM, nearest", every["OBIM, nearest"].default),
+        )
+    }  # fmt: skip
+
+
 def table_count(lab: Lab) -> dict[str, Any]:
     """The paper's table 11, two to six models, with the experts of as many tasks."""
     return {
@@ -273,6 +302,7 @@ TABLES: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "source": table_source,
     "samples": table_samples,
     "order": table_order,
+    "unscored": table_unscored,
     "count": table_count,
     "answers": table_answers,
     "forgetting": table_forgetting,

@@ -66,7 +66,7 @@ class Measured:
 
     Attributes:
         kept: The file was there already, made from the same weights, data and settings.
-        scored: How many tensors have a saliency.
+        scored: How many of the checkpoint's tensors have a saliency.
         unscored: The others, and why.
         warnings: What the user should know beside that.
     """
@@ -233,7 +233,7 @@ def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
         prepared.expert.model,
         prepared.path,
         prepared.kept is not None,
-        len(file.shapes),
+        len(file.shapes.keys() & set(prepared.weights.names)),  # some under further names too
         metadata.unscored,
         prepared.wanted.calibration["samples"],
         prepared.data.tokens,
