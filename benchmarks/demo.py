@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 if not __package__:  # run as `python benchmarks/demo.py`
@@ -207,9 +208,15 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
+# Loading switches the tying of weights off for the whole process. Two threads at it at once can
+# leave it off, and every later model of the process untied (seen with transformers 5.23).
+_LOADING = Lock()
+
+
 def load(folder: Path) -> LlamaForCausalLM:
-    """A model from its folder."""
-    model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder)
+    """A model from its folder; safe to call from several threads."""
+    with _LOADING:
+        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder)
     model.eval()
     return model
 
