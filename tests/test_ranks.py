@@ -21,6 +21,7 @@ from architectures import ARCHITECTURES
 from commands import World
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL
+from tiny_processors import write_charts
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -151,6 +152,17 @@ def test_experts_and_their_counts_are_added_up(world: World, tmp_path: Path) -> 
     )
     tokens = len("one row of three" + "another row" + "last")
     assert [sum(found["tokens"]) for found in experts.values()] == [2 * tokens] * len(experts)
+
+
+def test_rows_with_images_are_shared_too(tmp_path: Path) -> None:
+    write_charts(tmp_path)
+    models = [{"model": "models/charts", "calibration": {"data": "data/charts.jsonl"}}]
+    recipe = {"merge_method": "obim", "base_model": "models/vision-base", "models": models}
+    path = commands.write_recipe(tmp_path, recipe)
+    for launcher, out in ((("mergekit_obim.cli",), "one"), (LAUNCHERS["torchrun"], "two")):
+        done = run(tmp_path, *launcher, path, out)
+        assert done.returncode == 0, done.stderr
+    same_but_for_rounding(*(next((tmp_path / out).glob("*.safetensors")) for out in ("two", "one")))
 
 
 def errors(text: str) -> list[str]:

@@ -230,12 +230,15 @@ class Lab:
 
     def measure(self, model: LlamaForCausalLM, tasks: Sequence[str], split: str) -> Scores:
         """Held-out loss in nats per byte, and the share of questions answered rightly."""
-        scale, losses, right = self.scale, {}, {}
+        scale, right = self.scale, {}
+
+        def loss(task: str) -> float:
+            text = stream(self.corpus[task][split])
+            return held_out_loss(model, text, scale.windows, context=scale.expert.context)
+
+        losses = dict(zip(tasks, side_by_side(loss, tasks), strict=True))
         for task in tasks:
             text = self.corpus[task][split]
-            losses[task] = held_out_loss(
-                model, stream(text), scale.windows, context=scale.expert.context
-            )
             if task == "math":
                 asked = lines.math_questions(text)[: scale.questions]
             elif task in lines.GENERATORS:
