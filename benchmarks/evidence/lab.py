@@ -46,6 +46,7 @@ class Scale:
     samples: int  # of calibration, for each expert
     windows: int  # of each task's held-out text
     questions: int
+    tried: int | None = None  # of each method's settings; None for all
 
 
 SCALES = {
@@ -80,6 +81,7 @@ SCALES = {
         samples=5,
         windows=4,
         questions=10,
+        tried=2,
     ),
 }  # fmt: skip
 

@@ -139,7 +139,10 @@ def table_methods(lab: Lab) -> dict[str, Any]:
                 "recovery": lab.recovery(merge),
                 "accuracy": lab.score(merge)["accuracy"],
             }
-            for kind, merge in (("default", row.default), ("best", _best(lab, row.tried)))
+            for kind, merge in (
+                ("default", row.default),
+                ("best", _best(lab, row.tried[: lab.scale.tried])),
+            )
         }
         for name, row in methods().items()
     }
@@ -163,7 +166,7 @@ def table_forgetting(lab: Lab) -> dict[str, Any]:
         def total(merge: Merge) -> float:
             return -mean(lab.score(of_checkpoints(merge), TRIO, "validation")["loss"])
 
-        best = max(row.tried, key=total)
+        best = max(row.tried[: lab.scale.tried], key=total)
         rows[f"{name}, default"] = lab.score(of_checkpoints(row.default), TRIO)
         rows[f"{name}, best"] = lab.score(of_checkpoints(best), TRIO)
     return {name: scores["loss"] for name, scores in rows.items()}
