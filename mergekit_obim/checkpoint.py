@@ -1,4 +1,4 @@
-"""Reading a checkpoint's tensors one after another, to look at a few values of each."""
+"""Reading a checkpoint's tensors, also one after another to look at a few values of each."""
 
 from __future__ import annotations
 
@@ -7,6 +7,17 @@ from mergekit.io import LazyTensorLoader
 
 # The pages of a safetensors file that were touched count as the process's memory while it is open.
 _MAPPED_BYTES = 2**26
+
+
+def tensor_of(loader: LazyTensorLoader, name: str) -> torch.Tensor:
+    """A tensor that the checkpoint is known to have.
+
+    Raises:
+        KeyError: It has not.
+    """
+    tensor = loader.get_tensor(name)
+    assert tensor is not None  # it raises before
+    return tensor
 
 
 class Skim:
@@ -26,8 +37,7 @@ class Skim:
     def load(self, name: str) -> torch.Tensor:
         if self._mapped > self._limit and self.loader.index.tensor_paths[name].endswith("tensors"):
             self.close()
-        tensor = self.loader.get_tensor(name)
-        assert tensor is not None  # it raises before
+        tensor = tensor_of(self.loader, name)
         self._mapped += tensor.nbytes
         return tensor
 

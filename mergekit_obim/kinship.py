@@ -16,6 +16,7 @@ from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
+from mergekit_obim.checkpoint import tensor_of
 from mergekit_obim.errors import RecipeError, UnscorableError, one_line
 from mergekit_obim.kernels.kinship import Moments, moments
 from mergekit_obim.layers import block_of
@@ -100,9 +101,10 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
     for name in tqdm(
         start.index.tensor_paths, desc="Comparing", unit="tensor", disable=options.quiet
     ):
-        weight = _load(start, name)
+        weight = tensor_of(start, name)
         own = [
-            _load(expert, name) if name in expert.index.tensor_paths else None for expert in experts
+            tensor_of(expert, name) if name in expert.index.tensor_paths else None
+            for expert in experts
         ]
         reason = _incomparable(weight, own, models)
         if reason:
@@ -145,12 +147,6 @@ def _open(model: str, options: MergeOptions) -> LazyTensorLoader:
             f"model {model}: cannot be read: {one_line(error)}; write a folder or a Hugging Face "
             "name"
         ) from error
-
-
-def _load(loader: LazyTensorLoader, name: str) -> torch.Tensor:
-    tensor = loader.get_tensor(name)
-    assert tensor is not None  # it raises before
-    return tensor
 
 
 def _incomparable(

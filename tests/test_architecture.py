@@ -73,11 +73,11 @@ ROOMS = {
         *("mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
         *("mergekit_obim.layers", "mergekit_obim.saliency_file", "mergekit_obim.saliency_store"),
-        "mergekit_obim.relation",
+        *("mergekit_obim.checkpoint", "mergekit_obim.relation"),
     },
     "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
     "mergekit_obim.kinship": {
-        *("mergekit", "torch", "tqdm"),
+        *("mergekit", "torch", "tqdm", "mergekit_obim.checkpoint"),
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.layers"),
     },
     "mergekit_obim.evolution": {"yaml", "mergekit_obim.errors", "mergekit_obim.saliency_file"},

@@ -466,17 +466,17 @@ class _Reader:
         """A row's text, or its tokens if it has images; empty if the row is."""
         row = self.rows[index]
         value = row_input(row, self.source)
-        if row_images(row, self.source.images, value):
+        if images := row_images(row, self.source.images, value):
             processor = self.find_processor()
             if processor:
-                return self._with_images(index, value, processor)
+                return self._with_images(index, value, len(images), processor)
             self.ignores_images = True
         text = value if isinstance(value, str) else _render(value, self.tokenizer)
         text.encode()
         return text
 
     def _with_images(
-        self, index: int, value: str | Messages, processor: RowProcessor
+        self, index: int, value: str | Messages, count: int, processor: RowProcessor
     ) -> WithImages:
         folder = os.path.expanduser(self.source.data)
         if is_local_file(folder):
@@ -488,7 +488,6 @@ class _Reader:
 
         text, chat = value, False
         if not isinstance(value, str):
-            count = len(row_images(self.rows[index], self.source.images, value))
             text, chat = _render(with_items(value, count), processor.processor), True
         assert isinstance(text, str)
         text.encode()

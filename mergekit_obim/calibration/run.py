@@ -30,7 +30,7 @@ from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
 from mergekit_obim.calibration.spec import Calibration, Expert
-from mergekit_obim.checkpoint import Skim
+from mergekit_obim.checkpoint import Skim, tensor_of
 from mergekit_obim.errors import (
     CalibrationError,
     ObimError,
@@ -291,9 +291,7 @@ class _Weights:
         return folder.name if folder.parent.name == "snapshots" else ""
 
     def load(self, name: str) -> torch.Tensor:
-        tensor = self.loader.get_tensor(name)
-        assert tensor is not None  # it raises before
-        return tensor
+        return tensor_of(self.loader, name)
 
     def shape(self, name: str) -> torch.Size | None:
         return self.load(name).shape if name in self.loader.index.tensor_paths else None

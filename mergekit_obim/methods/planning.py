@@ -35,6 +35,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
+from mergekit_obim.checkpoint import tensor_of
 from mergekit_obim.errors import ObimError, RecipeError, refuse_quantised
 from mergekit_obim.layers import layer_indices
 from mergekit_obim.methods.parameters import PLANNED
@@ -447,12 +448,6 @@ def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
             LOG.warning(line)
 
 
-def _stored(loader: LazyTensorLoader, name: str) -> torch.Tensor:
-    tensor = loader.get_tensor(name)
-    assert tensor is not None  # it raises before
-    return tensor
-
-
 def _possible_names(info: Any) -> tuple[str, ...]:
     """The names that mergekit loads a weight by, of which the first that exists counts."""
     return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
@@ -478,7 +473,9 @@ def _verified_once(
     try:
         file = saliency_of(model, parameters["saliency"])
         if (model, file) not in verified:
-            check_measured_on(file, str(model), loader.index.tensor_paths, partial(_stored, loader))
+            check_measured_on(
+                file, str(model), loader.index.tensor_paths, partial(tensor_of, loader)
+            )
             verified[model, file] = True
     except ObimError as error:
         _refuse(error)
@@ -515,7 +512,7 @@ def _vocabulary_rows(task: Any, weight: Any, i: PlannedInput, name: str) -> Voca
         for model, info in task.gather_tensors.weight_info.items():
             loader = LoaderCache().get(model)
             if stored := _stored_name(loader, info):
-                sizes.append(_stored(loader, stored).shape[axis])
+                sizes.append(tensor_of(loader, stored).shape[axis])
         return VocabularyRows(axis, tuple(range(min(sizes))))
     info = _tokenizer_info(task.tokenizer_task)
     size = len(info.tokenizer.get_vocab())
