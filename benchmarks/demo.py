@@ -20,12 +20,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
-from typing import Any, TypeVar
+from typing import Any
 
 if not __package__:  # run as `python benchmarks/demo.py`
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -44,10 +42,8 @@ import mergekit_obim
 from benchmarks import corpus as corpus_module
 from benchmarks import tiny_llama
 from benchmarks.corpus import TASKS, Corpus, load_corpus
-from benchmarks.tiny_llama import Size, Training, held_out_loss, save, stream
+from benchmarks.tiny_llama import Size, Training, held_out_loss, load, save, side_by_side, stream
 
-T = TypeVar("T")
-R = TypeVar("R")
 Losses = dict[str, list[float]]  # model -> its loss on each task
 
 
@@ -132,12 +128,6 @@ def train_models(settings: Settings, corpus: Corpus, folder: Path) -> str:
     return key
 
 
-def side_by_side(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """``[function(item) for item in items]``, two at a time."""
-    with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(function, items))
-
-
 def recipes(settings: Settings) -> dict[str, dict[str, Any]]:
     """The recipes, by file name: ours, and what a user would otherwise pick."""
 
@@ -208,19 +198,6 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(contents).encode()).hexdigest()[:16]
 
 
-# Loading switches the tying of weights off for the whole process. Two threads at it at once can
-# leave it off, and every later model of the process untied (seen with transformers 5.23).
-_LOADING = Lock()
-
-
-def load(folder: Path) -> LlamaForCausalLM:
-    """A model from its folder; safe to call from several threads."""
-    with _LOADING:
-        model: LlamaForCausalLM = LlamaForCausalLM.from_pretrained(folder)
-    model.eval()
-    return model
-
-
 def measure(settings: Settings, corpus: Corpus, folder: Path) -> Losses:
     """The loss of every model and merge on each task's test text."""
     streams = [stream(corpus[task]["test"]) for task in TASKS]
@@ -231,13 +208,12 @@ def measure(settings: Settings, corpus: Corpus, folder: Path) -> Losses:
         "TIES": "merged-ties",
         "OBIM": "merged-obim",
     }
-    models = [load(folder / path) for path in folders.values()]
 
     def losses(model: LlamaForCausalLM) -> list[float]:
         context = settings.expert.context
         return [held_out_loss(model, tokens, settings.windows, context) for tokens in streams]
 
-    return dict(zip(folders, side_by_side(losses, models), strict=True))
+    return {name: losses(load(folder / path)) for name, path in folders.items()}
 
 
 def table(losses: Losses) -> str:

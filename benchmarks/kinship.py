@@ -26,8 +26,8 @@ import transformers
 import yaml
 
 from benchmarks.corpus import TASKS, load_corpus
-from benchmarks.demo import DEMO, Settings, load, mean, train_models
-from benchmarks.tiny_llama import held_out_loss, stream
+from benchmarks.demo import DEMO, Settings, mean, train_models
+from benchmarks.tiny_llama import held_out_loss, load, stream
 
 # The paper's scores are accuracies, which come in steps. A loss has no steps: each merge of two
 # alike models beats the last by a little less, and the k best change for as long as digits do.

@@ -15,13 +15,12 @@ from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.demo import load
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import lab as lab_module
 from benchmarks.evidence import page, plots
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, SCALES, TASKS, TRIO, Lab, Merge, accuracy
 from benchmarks.evidence.tables import TABLES, methods
-from benchmarks.tiny_llama import held_out_loss, stream
+from benchmarks.tiny_llama import held_out_loss, load, stream
 
 SMOKE = SCALES["smoke"]
 

@@ -25,7 +25,7 @@ import torch
 import transformers
 
 from benchmarks.evidence import page, plots
-from benchmarks.evidence.lab import SCALES, Lab
+from benchmarks.evidence.lab import BASE, CHECKPOINTS, SCALES, TASKS, Lab
 from benchmarks.evidence.tables import TABLES
 
 
@@ -50,6 +50,8 @@ def main(
     for seed in seeds:
         start, made = time.perf_counter(), _made(device)
         lab = Lab(SCALES[scale], seed, cache / scale / f"seed{seed}", device)
+        if not names:  # all are needed, and more of them go two at a time than table by table
+            lab.models(BASE, *TASKS, *CHECKPOINTS)
         for name in names or TABLES:
             table = {"figures": TABLES[name](lab), "made": made}
             # Read anew: other seeds may be running beside this one.
