@@ -67,11 +67,15 @@ def mergekit_multi(*args: object) -> Result:
     return _invoke(multimerge.main, args)
 
 
-def _invoke(command: Any, args: Sequence[object]) -> Result:
-    # A process of its own would start without these: who was read where.
+def forget_who_was_read() -> None:
+    """What a process of its own would start without."""
     LoaderCache().loaders.clear()
     merge_raw_pytorch.SimpleLoaderCache().loaders.clear()
     saliency._locate.cache_clear()
+
+
+def _invoke(command: Any, args: Sequence[object]) -> Result:
+    forget_who_was_read()
     return CliRunner().invoke(command, [str(arg) for arg in args])
 
 

@@ -18,11 +18,6 @@ from mergekit_obim.report.card import BEGIN, END
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("card"))
-
-
-@pytest.fixture(scope="session")
 def merged_once(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged")
     recipe = world.recipe(models=unequal(world))

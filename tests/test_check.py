@@ -28,11 +28,6 @@ EMBEDDING = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("check"))
-
-
 @pytest.fixture(autouse=True)
 def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: Any, **kwargs: Any) -> Any:

@@ -28,11 +28,6 @@ Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("cli"))
-
-
 @pytest.fixture
 def out(tmp_path: Path) -> Path:
     return tmp_path / "measured"

@@ -2,7 +2,8 @@
 
 Every fenced block has an HTML comment before it, which readers do not see:
 
-    <!-- test: run -->      a real shell runs the block; each of its commands must succeed
+    <!-- test: run -->      the block is run; each of its commands must succeed. On the README it
+                            is a real shell that does it, elsewhere only lines that need one
                             (`run anew`: the saliency files that are there are removed before)
     <!-- test: output -->   every line was printed by the last run; … stands for anything
     <!-- test: python -->   the block is executed
@@ -19,22 +20,33 @@ A page's blocks share a folder, which holds the toy models of toy.py and their s
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from click.testing import Result
 from mergekit import merge_methods
 from mergekit.scripts import run_yaml
 
-from commands import obim_saliency, succeed, write_recipe
+from commands import (
+    mergekit_yaml,
+    obim_card,
+    obim_kinship,
+    obim_report,
+    obim_saliency,
+    succeed,
+    write_recipe,
+)
 from mergekit_obim import cli, cli_kinship, cli_report
 from mergekit_obim.calibration.data import INPUT_FIELDS
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
@@ -56,6 +68,16 @@ _LANGUAGE = {
     "run": "bash", "output": "text", "python": "python", "plan": "yaml", "experts": "yaml",
     "options": "bash",
 }  # fmt: skip
+
+
+# Within this process, as a new one takes seconds to import what they need.
+COMMANDS: dict[str, Callable[..., Result]] = {
+    "obim-saliency": obim_saliency,
+    "obim-card": obim_card,
+    "obim-kinship": obim_kinship,
+    "obim-report": obim_report,
+    "mergekit-yaml": mergekit_yaml,
+}
 
 
 @dataclass(frozen=True)
@@ -94,8 +116,8 @@ def toy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Reader:
     """Does what a page's blocks say, in order, in a folder of the page's own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, in_shell: bool) -> None:
+        self.folder, self.in_shell = folder, in_shell
         self.printed: list[str] = []
         self.recipe: dict[str, Any] = {}
 
@@ -110,6 +132,20 @@ class Reader:
         self._options(block)
         if block.argument == "anew":
             shutil.rmtree(self.folder / "saliency", ignore_errors=True)
+        text = block.text
+        # Lines that need each other: one in the background, or one over several lines.
+        whole = self.in_shell or re.search(r"[&\\]$", text, re.MULTILINE)
+        text = "".join(map(self._printed, [text] if whole else text.splitlines()))
+        # A progress bar draws itself anew after each carriage return, and blanks what was longer.
+        self.printed = [line.rstrip() for line in re.split(r"[\r\n]+", text)]
+
+    def _printed(self, text: str) -> str:
+        command, *words = shlex.split(text, comments=True)
+        if not self.in_shell and command in COMMANDS and not re.search(r"[\n<>|&;$\\]", text):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(logging.root, "handlers", [])  # pytest's: the command sets its own
+                result = succeed(COMMANDS[command](*words))
+            return f"{result.stdout}\n{result.stderr}\n"
         binaries = Path(sys.executable).parent
         environment = {
             **os.environ,
@@ -118,7 +154,7 @@ class Reader:
             "OMP_NUM_THREADS": "1",
         }
         done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", block.text],
+            ["bash", "-euo", "pipefail", "-c", text],
             cwd=self.folder,
             env=environment,
             stdout=subprocess.PIPE,
@@ -127,8 +163,7 @@ class Reader:
             timeout=300,
         )
         assert done.returncode == 0, done.stdout
-        # A progress bar draws itself anew after each carriage return, and blanks what was longer.
-        self.printed = [line.rstrip() for line in re.split(r"[\r\n]+", done.stdout)]
+        return done.stdout
 
     def _output(self, block: Block) -> None:
         for line in block.text.splitlines():
@@ -186,7 +221,7 @@ def test_the_page_does_what_it_shows(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     if page.name == "README.md":
         shutil.rmtree(tmp_path / "saliency")  # which its own commands make
-    reader = Reader(tmp_path)
+    reader = Reader(tmp_path, in_shell=page.name == "README.md")
     for block in blocks(page):
         assert block.kind, f"{page.name}:{block.line}: say how this block is tested: {__doc__}"
         try:

@@ -35,11 +35,6 @@ from tiny_tokenizers import EOS, VOCAB_SIZE, byte_ids, byte_tokenizer
 Tensors = dict[str, Tensor]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("end_to_end"))
-
-
 # --- the references --------------------------------------------------------------------------
 
 

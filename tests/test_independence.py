@@ -21,11 +21,6 @@ from mergekit_obim.kernels import blocks, selection
 METHODS = ["obim", "ties_obm"]
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("independence"))
-
-
 def merge(world: World, method: str, folder: Path, *options: str) -> dict[str, torch.Tensor]:
     """One merge with every way of ranking in it, scaled so that sums are rounded."""
     parameters = {

@@ -17,11 +17,6 @@ import commands
 from commands import World, succeed
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("inputs"))
-
-
 def both_commands(world: World, models: Mapping[str, object], folder: Path, *options: str) -> None:
     """Both commands on these base, math and code come to what they do on the world's."""
     recipe = world.recipe(base_model=str(models["base"]), parameters=None)

@@ -22,11 +22,6 @@ from mergekit_obim.calibration.memory import most_tokens
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
 
-@pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("offload"))
-
-
 def save(name: str, folder: Path) -> Path:
     model = ARCHITECTURES[name].build()
     model.resize_token_embeddings(VOCAB_SIZE, mean_resizing=False)

@@ -32,11 +32,6 @@ SMALL_BATCHES = ("--batch-size", 2)
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    return commands.build_world(tmp_path_factory.mktemp("resume"))
-
-
-@pytest.fixture(scope="session")
 def whole(world: World) -> dict[str, bytes]:
     """The files of a run that nothing interrupted."""
     path = commands.write_recipe(world.root, world.recipe())
