@@ -15,7 +15,7 @@ help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
 	@echo "make test   run the tests"
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (22 minutes)"
-	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (half an hour)"
+	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (20 minutes)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
 	@echo "make test-real  fine-tune, measure and merge a trained BERT, which it downloads (80 MB)"
 	@echo "make lint   ruff's checks and format; make types: mypy --strict"

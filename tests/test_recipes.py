@@ -22,7 +22,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from commands import spawn
+from commands import mergekit_yaml, obim_saliency, succeed
 from mergekit_obim.calibration.spec import Calibration, read_experts
 from mergekit_obim.saliency_file import saliency_file_name
 from planning import Planned, plan
@@ -200,17 +200,18 @@ def test_no_recipe_is_left_out() -> None:
     assert {path.name for path in RECIPES.iterdir()} == set(STAND_INS)
 
 
-@pytest.mark.slow
-def test_the_toy_recipe_merges_with_the_two_real_commands(tmp_path: Path) -> None:
+def test_the_toy_recipe_merges_with_the_two_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
     write_toy(tmp_path)
     recipe = RECIPES / "ci-toy.yml"
 
-    measured = spawn("obim-saliency", recipe, "./saliency", cwd=tmp_path)
-    assert measured.returncode == 0, measured.stderr
+    measured = succeed(obim_saliency(recipe, "./saliency"))
     assert measured.stdout.count("scored 30 of 30 tensors") == 2
-    merged = spawn("mergekit-yaml", recipe, "./merged", cwd=tmp_path)
-    assert merged.returncode == 0, merged.stderr
-    assert "WARNING:mergekit_obim" not in merged.stderr
+    caplog.clear()
+    succeed(mergekit_yaml(recipe, "./merged"))
+    assert not [r for r in caplog.records if r.name.startswith("mergekit_obim")]
 
     models = {
         name: load_file(tmp_path / path / "model.safetensors")
