@@ -141,8 +141,7 @@ def test_a_real_process_killed_whenever(
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.communicate()
-    again = commands.spawn("obim-saliency", path, out, *SMALL_BATCHES, cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    succeed(commands.obim_saliency(path, out, *SMALL_BATCHES))
     assert commands.contents(out) == whole
 
 
