@@ -248,6 +248,21 @@ def test_an_image_that_is_not_there(tmp_path: Path) -> None:
     says(message, tmp_path / "model", "data.jsonl, line 2", tmp_path / "1.png", "no such file")
 
 
+def test_an_image_that_goes_after_it_was_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = write_world(tmp_path, "llava")
+    feed = passes.feed
+
+    def feed_and_remove(*args: Any, **kwargs: Any) -> Any:
+        (tmp_path / "3.png").unlink(missing_ok=True)
+        return feed(*args, **kwargs)
+
+    monkeypatch.setattr(passes, "feed", feed_and_remove)
+    message = refusal(obim_saliency(recipe, tmp_path / "out"))
+    says(message, f"{tmp_path / 'model'}: ", "data.jsonl, line 5", "3.png", "no such file")
+
+
 def test_an_image_that_is_none(tmp_path: Path) -> None:
     recipe = write_world(tmp_path, "llava")
     (tmp_path / "1.png").write_text("no image")

@@ -29,7 +29,7 @@ from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSourc
 from mergekit_obim.errors import CalibrationError, one_line
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 Row = Mapping[str, Any]
 Messages = list[dict[str, Any]]
@@ -130,7 +130,7 @@ def prepare(
     for source in calibration.sources:
         try:
             rows = load_rows(source)
-            reader = _Reader(rows, source, tokenizer, find_processor, max_length)
+            reader = _Reader(model_label, rows, source, tokenizer, find_processor, max_length)
             drawn = _draw(reader, calibration.seed)
         except CalibrationError as error:
             raise CalibrationError(f"{model_label}: {error.message}") from error
@@ -455,12 +455,17 @@ class _Reader:
         ignores_images: Whether there were images, in rows read so far, that the model can't take.
     """
 
+    model_label: str
     rows: Rows
     source: DataSource
     tokenizer: PreTrainedTokenizerBase
     find_processor: Callable[[], RowProcessor | None]
     max_length: int
     ignores_images: bool = False
+
+    def where(self, index: int) -> str:
+        """How a user finds a row."""
+        return f"{self.source.data}, {self.rows.where(index)}"
 
     def read(self, index: int) -> str | WithImages:
         """A row's text, or its tokens if it has images; empty if the row is."""
@@ -491,7 +496,19 @@ class _Reader:
             text, chat = _render(with_items(value, count), processor.processor), True
         assert isinstance(text, str)
         text.encode()
-        return processor.tokenize(text, images, self.max_length, chat=chat)
+        row = processor.tokenize(text, images, self.max_length, chat=chat)
+        make = row.inputs
+
+        def inputs() -> BatchFeature:
+            try:
+                return make()
+            except CalibrationError as error:  # what was there when it was tokenized has gone
+                raise CalibrationError(
+                    f"{self.model_label}: {self.where(index)}: {error.message}"
+                ) from error
+
+        row.inputs = inputs
+        return row
 
 
 def _draw(reader: _Reader, seed: int) -> list[str | WithImages]:
@@ -507,13 +524,11 @@ def _draw(reader: _Reader, seed: int) -> list[str | WithImages]:
                 read = reader.read(index)
             except UnicodeEncodeError as error:  # JSON can hold it, no tokenizer takes it
                 raise CalibrationError(
-                    f"{source.data}, {rows.where(index)}: holds half a character "
+                    f"{reader.where(index)}: holds half a character "
                     f"({error.object[error.start]!a}); remove it"
                 ) from error
             except CalibrationError as error:
-                raise CalibrationError(
-                    f"{source.data}, {rows.where(index)}: {error.message}"
-                ) from error
+                raise CalibrationError(f"{reader.where(index)}: {error.message}") from error
             if read:
                 drawn[index] = read
             if len(drawn) == source.samples:
@@ -526,7 +541,7 @@ def _draw(reader: _Reader, seed: int) -> list[str | WithImages]:
     longest = max(drawn, key=lambda index: isinstance(drawn[index], WithImages) * len(drawn[index]))
     if isinstance(drawn[longest], WithImages) and len(drawn[longest]) > reader.max_length:
         raise CalibrationError(
-            f"{source.data}, {rows.where(longest)}: its image tokens don't fit max_length "
+            f"{reader.where(longest)}: its image tokens don't fit max_length "
             f"{reader.max_length}: with them it has {len(drawn[longest])} tokens, the most of "
             "all rows; raise max_length to that, or use smaller images"
         )
