@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import kernels
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.saliency_file import SaliencyMetadata, saliency_file_name, write_saliency
+from mergekit_obim.saliency.file import SaliencyMetadata, saliency_file_name, write_saliency
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

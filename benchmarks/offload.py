@@ -33,7 +33,7 @@ ROWS, LENGTH = 4, 32
 _CODE = """
 import atexit, sys
 atexit.register(lambda: print(open("/proc/self/status").read(), file=sys.stderr))
-from mergekit_obim.cli import main
+from mergekit_obim.commands.saliency import main
 main()
 """
 

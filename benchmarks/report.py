@@ -35,7 +35,7 @@ def run_report(models: list[str], folder: Path) -> tuple[float, float]:
     """One `obim-report` process: wall seconds and peak resident memory in GiB."""
     path = folder / "obim.yml"
     path.write_text(yaml.safe_dump(recipe("obim", models, folder)))
-    code = "from mergekit_obim.cli_report import report; report()"
+    code = "from mergekit_obim.commands.report import report; report()"
     command = [sys.executable, "-c", code, str(path), "-o", str(folder / "report.html"), "--quiet"]
     start = time.perf_counter()
     process = subprocess.Popen(command)

@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from mergekit_obim.errors import RecipeError, one_line
-from mergekit_obim.saliency_file import atomic_write
+from mergekit_obim.saliency.file import atomic_write
 
 # As the paper merges its pairs.
 DEFAULT_TEMPLATE: dict[str, Any] = {"merge_method": "slerp", "parameters": {"t": 0.5}}

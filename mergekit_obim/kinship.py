@@ -16,10 +16,10 @@ from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_obim.checkpoint import tensor_of
 from mergekit_obim.errors import RecipeError, UnscorableError, one_line
 from mergekit_obim.kernels.kinship import Moments, moments
-from mergekit_obim.layers import block_of
+from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.models.layers import block_of
 
 # Files are let go of after so many bytes were read, as their pages count as this process's.
 _OPEN_BYTES = 1 << 28

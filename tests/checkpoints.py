@@ -176,7 +176,7 @@ class Family:
 
 
 def write_family(root: Path, *, experts: int = 3, layers: int = 3) -> Family:
-    from mergekit_obim.saliency_file import saliency_file_name
+    from mergekit_obim.saliency.file import saliency_file_name
 
     shapes, config = llama_shapes(layers=layers), llama_config(layers=layers)
     base_tensors = base_weights(0, shapes)

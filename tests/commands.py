@@ -27,9 +27,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import checkpoints
-from mergekit_obim import cli, cli_kinship, cli_report
+from mergekit_obim.commands import kinship as cli_kinship
+from mergekit_obim.commands import report as cli_report
+from mergekit_obim.commands import saliency as cli
 from mergekit_obim.methods import saliency
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.saliency.file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
 LAYERS = 2

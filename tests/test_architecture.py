@@ -23,80 +23,45 @@ ROOMS = {
     "mergekit_obim": {"mergekit", "mergekit_obim.methods"},  # only once `register` is called
     "mergekit_obim._autoload": {"mergekit_obim"},
     "mergekit_obim.errors": {"click"},
-    "mergekit_obim.layers": set(),
     "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
-    "mergekit_obim.fingerprint": {"numpy", "pydantic", "torch", "mergekit_obim.errors"},
-    "mergekit_obim.checkpoint": {"mergekit", "torch"},
-    "mergekit_obim.relation": {
-        *("mergekit", "torch", "mergekit_obim.checkpoint"),
-        *("mergekit_obim.fingerprint", "mergekit_obim.kernels"),
+    "mergekit_obim.saliency": {
+        *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim.errors"),
     },
-    "mergekit_obim.saliency_file": {
-        *("numpy", "pydantic", "safetensors", "torch"),
-        *("mergekit_obim.errors", "mergekit_obim.fingerprint"),
+    "mergekit_obim.models": {
+        *("mergekit", "torch", "transformers", "mergekit_obim.errors"),
+        *("mergekit_obim.kernels", "mergekit_obim.saliency"),
     },
-    "mergekit_obim.saliency_store": {
-        *("huggingface_hub", "torch"),
-        *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.saliency_file"),
-    },
-    "mergekit_obim.calibration.images": {"PIL", "transformers", "mergekit_obim.errors"},
     "mergekit_obim.calibration": {
-        *("datasets", "numpy", "pyarrow", "pydantic", "torch", "tqdm", "transformers", "yaml"),
-        *("mergekit_obim.calibration.images", "mergekit_obim.errors"),
-    },
-    "mergekit_obim.calibration.resume": {
-        *("safetensors", "torch", "mergekit_obim.errors", "mergekit_obim.saliency_file"),
-    },
-    "mergekit_obim.calibration.ranks": {
-        *("torch", "mergekit_obim.calibration", "mergekit_obim.errors"),
-    },
-    "mergekit_obim.calibration.passes": {
-        *("torch", "tqdm", "transformers", "mergekit_obim.errors"),
-        *("mergekit_obim.calibration", "mergekit_obim.calibration.images"),
-        *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
-    },
-    "mergekit_obim.calibration.loading": {
-        *("accelerate", "mergekit", "torch", "transformers"),
-        *("mergekit_obim.calibration", "mergekit_obim.errors"),
-    },
-    # Reads checkpoints as mergekit does, adapters merged in, and writes the saliency file.
-    "mergekit_obim.calibration.run": {
-        *("accelerate", "huggingface_hub", "mergekit", "safetensors", "torch", "tqdm"),
-        *("transformers", "mergekit_obim", "mergekit_obim.calibration", "mergekit_obim.errors"),
-        *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
-        *("mergekit_obim.calibration.images", "mergekit_obim.calibration.loading"),
-        "mergekit_obim.calibration.passes",
-        *("mergekit_obim.calibration.ranks", "mergekit_obim.calibration.resume"),
-        *("mergekit_obim.checkpoint", "mergekit_obim.saliency_file"),
+        *("accelerate", "datasets", "mergekit", "numpy", "PIL", "pyarrow", "pydantic"),
+        *("safetensors", "torch", "tqdm", "transformers", "yaml", "mergekit_obim"),
+        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
+        "mergekit_obim.saliency",
     },
     "mergekit_obim.methods": {
         *("mergekit", "numpy", "pydantic", "torch"),
-        *("mergekit_obim.errors", "mergekit_obim.fingerprint", "mergekit_obim.kernels"),
-        *("mergekit_obim.layers", "mergekit_obim.saliency_file", "mergekit_obim.saliency_store"),
-        *("mergekit_obim.checkpoint", "mergekit_obim.relation"),
+        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
+        "mergekit_obim.saliency",
     },
     "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
     "mergekit_obim.kinship": {
-        *("mergekit", "torch", "tqdm", "mergekit_obim.checkpoint"),
-        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.layers"),
+        *("mergekit", "torch", "tqdm", "mergekit_obim.errors"),
+        *("mergekit_obim.kernels", "mergekit_obim.models"),
     },
-    "mergekit_obim.evolution": {"yaml", "mergekit_obim.errors", "mergekit_obim.saliency_file"},
+    "mergekit_obim.evolution": {"yaml", "mergekit_obim.errors", "mergekit_obim.saliency"},
     "mergekit_obim.report": {
         *("matplotlib", "mergekit", "numpy", "torch", "mergekit_obim", "mergekit_obim.errors"),
-        *("mergekit_obim.fingerprint", "mergekit_obim.kernels", "mergekit_obim.layers"),
-        *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.planned"),
-        "mergekit_obim.saliency_file",
+        *("mergekit_obim.kernels", "mergekit_obim.kinship", "mergekit_obim.methods"),
+        *("mergekit_obim.models", "mergekit_obim.planned", "mergekit_obim.saliency"),
     },
     # Asks both sides what they would say, so it stands above them.
     "mergekit_obim.check": {
         *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
-        *("mergekit_obim.calibration", "mergekit_obim.calibration.ranks"),
-        *("mergekit_obim.calibration.run", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.methods", "mergekit_obim.planned"),
-        "mergekit_obim.relation",
+        *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
+        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.planned"),
+        "mergekit_obim.saliency",
     },
 }
-EVERYTHING = {"mergekit_obim.cli", "mergekit_obim.cli_kinship", "mergekit_obim.cli_report"}
+EVERYTHING = {"mergekit_obim.commands"}
 HEAVY = {"datasets", "mergekit", "numpy", "torch", "transformers"}
 
 
@@ -180,9 +145,11 @@ def test_calibrating_loads_no_merging() -> None:
     # Where we are installed, importing mergekit registers the methods, and so loads them.
     code = "import os; os.environ['MERGEKIT_OBIM_AUTOLOAD'] = '0'\n"
     loaded = load(code + "".join(f"import {name}\n" for name in modules))
-    assert not loaded & {"mergekit_obim.methods", "mergekit_obim.saliency_store"}
+    assert not loaded & {"mergekit_obim.methods", "mergekit_obim.saliency.locate"}
 
 
 def test_command_line_is_light_until_it_works() -> None:
-    for module in EVERYTHING:
+    commands = [name for name in MODULES if name.startswith("mergekit_obim.commands.")]
+    assert commands
+    for module in commands:
         assert not load(f"import {module}") & HEAVY

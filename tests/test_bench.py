@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import checkpoints
 import reference
 from benchmarks import bench, offload
-from mergekit_obim.layers import layer_indices, rotate
-from mergekit_obim.saliency_file import SaliencyFile, saliency_file_name
+from mergekit_obim.models.layers import layer_indices, rotate
+from mergekit_obim.saliency.file import SaliencyFile, saliency_file_name
 
 
 @pytest.fixture(scope="module")

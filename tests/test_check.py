@@ -21,7 +21,7 @@ import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim.calibration import run
 from mergekit_obim.check import keys
-from mergekit_obim.saliency_store import locate
+from mergekit_obim.saliency.locate import locate
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
 EMBEDDING = "model.embed_tokens.weight"

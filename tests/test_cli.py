@@ -58,7 +58,7 @@ def alone(*args: str) -> tuple[subprocess.CompletedProcess[str], set[str]]:
     code = (
         "import atexit, sys\n"
         "atexit.register(lambda: print('LOADED', *sys.modules))\n"
-        "from mergekit_obim.cli import main\n"
+        "from mergekit_obim.commands.saliency import main\n"
         f"main({list(args)!r}, prog_name='obim-saliency')\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

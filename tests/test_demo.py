@@ -73,7 +73,7 @@ def test_the_demo_runs_and_keeps_what_it_made(
         # The real commands, without a new interpreter each: their imports take long.
         from mergekit.scripts.run_yaml import main as mergekit_yaml
 
-        from mergekit_obim.cli import main as obim_saliency
+        from mergekit_obim.commands.saliency import main as obim_saliency
 
         program, *arguments = command.split()
         with monkeypatch.context() as patch:

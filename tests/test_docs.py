@@ -47,12 +47,14 @@ from commands import (
     succeed,
     write_recipe,
 )
-from mergekit_obim import cli, cli_kinship, cli_report
 from mergekit_obim.calibration.data import INPUT_FIELDS
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
+from mergekit_obim.commands import kinship as cli_kinship
+from mergekit_obim.commands import report as cli_report
+from mergekit_obim.commands import saliency as cli
 from mergekit_obim.methods import METHODS
 from mergekit_obim.methods.parameters import PLANNED
-from mergekit_obim.saliency_file import SaliencyMetadata
+from mergekit_obim.saliency.file import SaliencyMetadata
 from planning import plan
 from tiny_processors import write_charts
 from toy import write_toy

@@ -24,10 +24,10 @@ from safetensors.torch import save_file
 import checkpoints
 import commands
 from commands import World, refusal, says
-from mergekit_obim import saliency_file
 from mergekit_obim.calibration.capture.squares import Squares
 from mergekit_obim.errors import QuantisedModelError, refuse_quantised
 from mergekit_obim.methods.base import ExpertMethod
+from mergekit_obim.saliency import file as saliency_file
 from tiny_tokenizers import byte_tokenizer
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"

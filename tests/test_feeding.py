@@ -13,7 +13,7 @@ from architectures import ARCHITECTURES
 from commands import MATH_ROWS, succeed
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.saliency.file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
 IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])

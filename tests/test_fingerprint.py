@@ -6,7 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from mergekit_obim.fingerprint import Fingerprint, fingerprint, matches, sample_positions
+from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint, matches, sample_positions
 
 SHAPES = [(), (1,), (0,), (63,), (64,), (65,), (40, 30), (3, 5, 7)]
 CASTS = [

@@ -32,7 +32,7 @@ from mergekit_obim.calibration.images import (
 )
 from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.saliency.file import saliency_file_name
 from square_gradients import SquareGradients
 from tiny_processors import IMAGE, MODELS, architecture, processor, write_images
 from tiny_tokenizers import BOS, byte_ids, byte_tokenizer

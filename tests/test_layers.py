@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from mergekit_obim.layers import layer_indices, rotate
+from mergekit_obim.models.layers import layer_indices, rotate
 
 # For every architecture: the tensors before the blocks, one in each of its blocks, those after.
 ARCHITECTURES = {

@@ -30,16 +30,16 @@ import checkpoints
 import reference
 from checkpoints import Family, Tensors
 from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoundError
-from mergekit_obim.fingerprint import fingerprint
 from mergekit_obim.kernels.blocks import Block
 from mergekit_obim.kernels.scores import RandomScores, random_key
 from mergekit_obim.methods import METHODS, register
-from mergekit_obim.saliency_file import (
+from mergekit_obim.saliency.file import (
     PUBLISHED_NAME,
     SaliencyMetadata,
     saliency_file_name,
     write_saliency,
 )
+from mergekit_obim.saliency.fingerprint import fingerprint
 from reference import Expert
 
 register()

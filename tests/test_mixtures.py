@@ -18,8 +18,8 @@ import commands
 import reference
 from architectures import ARCHITECTURES
 from commands import CODE_ROWS, MATH_ROWS, Recipe, succeed
-from mergekit_obim.calibration.names import stored_parts
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.models.names import stored_parts
+from mergekit_obim.saliency.file import saliency_file_name
 from test_experts import FEWEST_ROWS, NaiveExperts
 from tiny_tokenizers import VOCAB_SIZE, byte_ids, byte_tokenizer
 

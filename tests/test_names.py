@@ -14,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tiny_models
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.calibration.names import weight_names
+from mergekit_obim.models.names import weight_names
 
 # mergekit has no definition of these: it infers their tensors from the checkpoint.
 INFERRED = {"opt", "bloom"}

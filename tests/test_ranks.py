@@ -24,9 +24,9 @@ import torch.distributed as dist
 import commands
 from architectures import ARCHITECTURES
 from commands import World
-from mergekit_obim import cli
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL
+from mergekit_obim.commands import saliency as cli
 from mergekit_obim.errors import CalibrationError
 from tiny_processors import write_charts
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer

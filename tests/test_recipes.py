@@ -24,7 +24,7 @@ from transformers import (
 
 from commands import mergekit_yaml, obim_saliency, succeed
 from mergekit_obim.calibration.spec import Calibration, read_experts
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.saliency.file import saliency_file_name
 from planning import Planned, plan
 from tiny_tokenizers import byte_tokenizer
 from toy import write_toy

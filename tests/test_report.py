@@ -21,7 +21,7 @@ import reference
 from checkpoints import Tensors
 from commands import refusal, says, succeed
 from mergekit_obim.report.gather import SHARES
-from mergekit_obim.saliency_file import saliency_file_name
+from mergekit_obim.saliency.file import saliency_file_name
 
 DENSITIES = (0.3, 0.2, 0.1)
 SCALES = (1.5, 1.0, 0.5)

@@ -19,12 +19,12 @@ import checkpoints
 import commands
 from architectures import ARCHITECTURES
 from commands import MATH_ROWS, World, succeed
-from mergekit_obim import saliency_file
 from mergekit_obim.calibration import passes, resume, run
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL, Checkpoint, Sums, remove_leftovers
 from mergekit_obim.errors import SaliencyFileError
+from mergekit_obim.saliency import file as saliency_file
 
 Kill = Callable[[], None]
 # So every expert takes several passes: of 12 rows and of 10.

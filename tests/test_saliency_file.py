@@ -19,14 +19,14 @@ from safetensors.torch import save_file
 
 from checkpoints import write_saliency_file
 from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
-from mergekit_obim.fingerprint import fingerprint
-from mergekit_obim.saliency_file import (
+from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,
     saliency_file_name,
     write_saliency,
 )
-from mergekit_obim.saliency_store import check_measured_on, open_saliency
+from mergekit_obim.saliency.fingerprint import fingerprint
+from mergekit_obim.saliency.locate import check_measured_on, open_saliency
 
 GOLDEN = Path(__file__).parent / "data" / "saliency-format-1.safetensors"
 ENTRIES = {

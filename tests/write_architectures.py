@@ -25,7 +25,7 @@ import tiny_models
 from architectures import ARCHITECTURES, DEFINED, EXCLUDED, UPSTREAM, Architecture, coverage
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.names import weight_names
+from mergekit_obim.models.names import weight_names
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 HEAD = """# Architectures
@@ -109,7 +109,7 @@ def merged(architecture: Architecture, folder: Path) -> str:
 
 
 def _apart(model: Any, parameter: str, found: dict[str, torch.Tensor]) -> bool:
-    from mergekit_obim.calibration.names import stored_parts
+    from mergekit_obim.models.names import stored_parts
 
     weight = model.get_parameter(parameter)
     h = torch.ones([1] * weight.ndim)

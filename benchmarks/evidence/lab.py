@@ -355,7 +355,7 @@ def command(name: str, *arguments: object) -> None:
     from mergekit.io.tasks import LoaderCache
     from mergekit.scripts import run_yaml
 
-    from mergekit_obim import cli
+    from mergekit_obim.commands import saliency as cli
 
     LoaderCache().loaders.clear()
     entry = {"obim-saliency": cli.main, "mergekit-yaml": run_yaml.main}[name]

@@ -12,8 +12,8 @@ from typing import Any
 
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge
 from benchmarks.evidence.variants import table_variants
-from mergekit_obim.layers import block_of
-from mergekit_obim.saliency_file import SaliencyFile, write_saliency
+from mergekit_obim.models.layers import block_of
+from mergekit_obim.saliency.file import SaliencyFile, write_saliency
 
 # Calibrated OBIM with the share that most small tables use; a third of all for what needs rivalry.
 OBIM = Merge("obim", each={"density": 0.1})

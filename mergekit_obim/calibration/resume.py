@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from mergekit_obim.errors import SaliencyFileError, one_line
-from mergekit_obim.saliency_file import atomic_write
+from mergekit_obim.saliency.file import atomic_write
 
 # How often sums are saved, in seconds; 0 is after every batch.
 INTERVAL = "MERGEKIT_OBIM_CHECKPOINT_SECONDS"

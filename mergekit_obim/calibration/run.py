@@ -24,13 +24,11 @@ from mergekit_obim.calibration.data import TokenizedCalibration, prepare
 from mergekit_obim.calibration.images import RowProcessor, placeholders, require_pillow
 from mergekit_obim.calibration.loading import does_not_fit, loaded
 from mergekit_obim.calibration.memory import out_of_memory
-from mergekit_obim.calibration.names import stored_parts, weight_names
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
 from mergekit_obim.calibration.spec import Calibration, Expert
-from mergekit_obim.checkpoint import Skim, tensor_of
 from mergekit_obim.errors import (
     CalibrationError,
     ObimError,
@@ -39,14 +37,16 @@ from mergekit_obim.errors import (
     quoted,
     refuse_quantised,
 )
-from mergekit_obim.fingerprint import Fingerprint, fingerprint
 from mergekit_obim.kernels.scores import task_vector
-from mergekit_obim.saliency_file import (
+from mergekit_obim.models.checkpoint import Skim, tensor_of
+from mergekit_obim.models.names import stored_parts, weight_names
+from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,
     saliency_file_name,
     write_saliency,
 )
+from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

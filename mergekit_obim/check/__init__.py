@@ -5,7 +5,7 @@
 ``estimate``  what it will cost
 
 The rules are those of who applies them: mergekit's planner with our planning in it, the
-pre-pass's own preparations, and a sample of the weights (``mergekit_obim.relation``).
+pre-pass's own preparations, and a sample of the weights (``mergekit_obim.models.relation``).
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from mergekit_obim.check.models import (
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import read_config
-from mergekit_obim.relation import relate
 
 
 def recipe_faults(recipe: Mapping[str, Any]) -> list[str]:

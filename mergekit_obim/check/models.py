@@ -22,8 +22,8 @@ from mergekit_obim.calibration.run import open_model
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
 from mergekit_obim.methods.planning import finding_all
+from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import plan
-from mergekit_obim.relation import relate
 
 
 @dataclass(frozen=True)

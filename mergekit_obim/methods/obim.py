@@ -16,7 +16,6 @@ from mergekit_obim.kernels.exclusive import exclusive_masks
 from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate
-from mergekit_obim.layers import rotate
 from mergekit_obim.methods.base import (
     ExpertMethod,
     base_of,
@@ -35,6 +34,7 @@ from mergekit_obim.methods.parameters import (
     shared,
 )
 from mergekit_obim.methods.planning import PlannedInput
+from mergekit_obim.models.layers import rotate
 
 # Densities such as 0.3333 and 0.6667 may add up to a little over 1.
 _DENSITY_SLACK = 1e-6

@@ -35,14 +35,14 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_obim.checkpoint import tensor_of
 from mergekit_obim.errors import ObimError, RecipeError, refuse_quantised
-from mergekit_obim.layers import layer_indices
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
-from mergekit_obim.relation import relate
-from mergekit_obim.saliency_file import SaliencyFile
-from mergekit_obim.saliency_store import check_measured_on
+from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.relation import relate
+from mergekit_obim.saliency.file import SaliencyFile
+from mergekit_obim.saliency.locate import check_measured_on
 
 LOG = logging.getLogger("mergekit_obim")
 

@@ -13,8 +13,8 @@ from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_obim.errors import SaliencyFileError
 from mergekit_obim.kernels.scores import GivenScores, Saliency
-from mergekit_obim.saliency_file import SaliencyFile
-from mergekit_obim.saliency_store import locate, open_saliency
+from mergekit_obim.saliency.file import SaliencyFile
+from mergekit_obim.saliency.locate import locate, open_saliency
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from mergekit_obim.errors import RecipeError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.planned import plan
 from mergekit_obim.report.gather import Account, calibration_of, experts_of, gather
-from mergekit_obim.saliency_file import atomic_write
+from mergekit_obim.saliency.file import atomic_write
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 

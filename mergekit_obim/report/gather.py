@@ -22,17 +22,17 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
 
 from mergekit_obim.errors import RecipeError
-from mergekit_obim.fingerprint import sample, sample_positions
 from mergekit_obim.kernels.blocks import Positions
 from mergekit_obim.kernels.kinship import Moments
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Criterion, GivenScores, Saliency
 from mergekit_obim.kernels.selection import FREE
 from mergekit_obim.kernels.tally import Tally, outcomes, tally, wishes
-from mergekit_obim.layers import block_of, rotate
 from mergekit_obim.methods.obim import Assignment, observing
 from mergekit_obim.methods.saliency import saliency_of
+from mergekit_obim.models.layers import block_of, rotate
 from mergekit_obim.planned import plan
+from mergekit_obim.saliency.fingerprint import sample, sample_positions
 
 # Sums of densities that the curve is drawn through, and its sample of each tensor: runs of
 # neighbours, for speed, spread over the tensor.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_obim.cli import read_recipe
-from mergekit_obim.cli_report import FILE, merging_options, start
+from mergekit_obim.commands.report import FILE, merging_options, start
+from mergekit_obim.commands.saliency import read_recipe
 from mergekit_obim.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def _measure(
     import json
 
     from mergekit_obim.kinship import measure
-    from mergekit_obim.saliency_file import atomic_write
+    from mergekit_obim.saliency.file import atomic_write
 
     measured = measure(models, base, options)
     found = measured.to_dict(layers=layers)

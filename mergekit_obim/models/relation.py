@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from mergekit.io import LazyTensorLoader
 
-from mergekit_obim.checkpoint import Skim
-from mergekit_obim.fingerprint import sample
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
+from mergekit_obim.models.checkpoint import Skim
+from mergekit_obim.saliency.fingerprint import sample
 
 # What was measured, on tiny models, is in docs/check.md.
 # ‖δ‖ / ‖θ_B‖ over the matrices. Unrelated models of alike weights have √2, and 1 is as far as

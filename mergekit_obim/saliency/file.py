@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
 from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
-from mergekit_obim.fingerprint import Fingerprint
+from mergekit_obim.saliency.fingerprint import Fingerprint
 
 FORMAT = "mergekit-obim-saliency"
 FORMAT_VERSION = "1"

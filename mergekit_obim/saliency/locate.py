@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
-from mergekit_obim.fingerprint import matches
-from mergekit_obim.saliency_file import PUBLISHED_NAME, SaliencyFile, saliency_file_name
+from mergekit_obim.saliency.file import PUBLISHED_NAME, SaliencyFile, saliency_file_name
+from mergekit_obim.saliency.fingerprint import matches
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
 _LOCK = threading.Lock()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_obim import __version__
-from mergekit_obim.cli import read_recipe
+from mergekit_obim.commands.saliency import read_recipe
 from mergekit_obim.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def report(
 
         click.echo(json.dumps(found, indent=1))
     if write:
-        from mergekit_obim.saliency_file import atomic_write
+        from mergekit_obim.saliency.file import atomic_write
 
         path = output or Path("obim-report.html")
         try:

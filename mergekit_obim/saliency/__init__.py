@@ -1,0 +1,1 @@
+"""Saliency files: what they hold, and where an expert's is found."""
