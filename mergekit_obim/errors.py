@@ -42,6 +42,10 @@ class SaliencyNotFoundError(ObimError, FileNotFoundError):
         return self.message
 
 
+class CheckpointError(ObimError, ValueError):
+    """A model that cannot be read, or whose tensors are not what its configuration says."""
+
+
 class CalibrationError(ObimError, ValueError):
     """Calibration data or a calibration run that cannot give a saliency."""
 
@@ -56,20 +60,6 @@ class OtherProcessError(ObimError, RuntimeError):
 
 class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations that are not finite numbers."""
-
-
-class QuantisedModelError(ObimError, ValueError):
-    """A model whose stored numbers are not its weights."""
-
-
-def refuse_quantised(model: str, config: Any) -> None:
-    """Raise if a model's configuration, or that of its text part, says that it is quantised."""
-    parts = (config, config.get_text_config())
-    if any(getattr(part, "quantization_config", None) for part in parts):
-        raise QuantisedModelError(
-            f"model {model}: is quantised, which mergekit cannot merge: use the full-precision "
-            "checkpoint that it was made from"
-        )
 
 
 def one_line(error: BaseException) -> str:

@@ -16,10 +16,11 @@ from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_obim.errors import RecipeError, UnscorableError, one_line
+from mergekit_obim.errors import CheckpointError, RecipeError, UnscorableError
 from mergekit_obim.kernels.kinship import Moments, moments
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import block_of
+from mergekit_obim.models.opened import open_model
 
 # Files are let go of after so many bytes were read, as their pages count as this process's.
 _OPEN_BYTES = 1 << 28
@@ -137,16 +138,11 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
 
 
 def _open(model: str, options: MergeOptions) -> LazyTensorLoader:
-    try:
-        reference = ModelReference.parse(model).merged(
-            cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code
-        )
-        return reference.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=False)
-    except Exception as error:  # mergekit, peft and the Hub raise many kinds
-        raise RecipeError(
-            f"model {model}: cannot be read: {one_line(error)}; write a folder or a Hugging Face "
-            "name"
-        ) from error
+    opened = open_model(ModelReference.parse(model), options)
+    for finding in opened.findings():
+        if finding.severity == "error":
+            raise CheckpointError(finding.message)
+    return opened.loader
 
 
 def _incomparable(

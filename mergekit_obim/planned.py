@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from mergekit.architecture import get_architecture_info
+import mergekit.architecture
 from mergekit.config import MergeConfiguration
 from mergekit.io.tasks import LoaderCache, SaveTensor
 from mergekit.options import MergeOptions
@@ -35,15 +36,23 @@ def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
         raise RecipeError(f"the recipe: {one_line(error)}") from error
 
 
-def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, Any]]:
+def plan(
+    config: MergeConfiguration, options: MergeOptions, *, inspected: bool = False
+) -> list[tuple[Any, Any]]:
     """Every output tensor's weight info and mergekit's task for it, in the order of the merge.
+
+    Args:
+        config: The recipe.
+        options: mergekit's.
+        inspected: Whether the caller has looked at the models already.
 
     Raises:
         ObimError: The recipe or the models cannot be merged; whatever mergekit raises, in a line.
     """
     LoaderCache().setup(options=options)
     try:
-        info = get_architecture_info(config, options)
+        find = mergekit.architecture.get_architecture_info
+        info = (inspect.unwrap(find) if inspected else find)(config, options)
         # Of the merged model's configuration only the architecture matters here, not the layers.
         like = config.base_model or config.referenced_models()[0]
         out = like.config(trust_remote_code=options.trust_remote_code)

@@ -25,7 +25,6 @@ import checkpoints
 import commands
 from commands import World, refusal, says
 from mergekit_obim.calibration.capture.squares import Squares
-from mergekit_obim.errors import QuantisedModelError, refuse_quantised
 from mergekit_obim.methods.base import ExpertMethod
 from mergekit_obim.saliency import file as saliency_file
 from tiny_tokenizers import byte_tokenizer
@@ -666,33 +665,41 @@ def test_damaged_models(world: World, tmp_path: Path, refuse_prepass: Callable[.
     says(refuse_prepass(recipe), f"model {model}")
 
 
-def test_quantised_model(world: World, tmp_path: Path, refuse_prepass: Callable[..., str]) -> None:
-    model = copy_of(world, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
-    message = refuse_prepass(one_expert(world, str(world.math_data), model))
-    says(message, model, "quantised", "full-precision")
+def eight_bit(model: Path) -> Path:
+    """Store one matrix as eight-bit floats, as checkpoints quantised to fp8 do."""
+    tensors = checkpoints.read_checkpoint(model)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    return model
 
 
-def test_quantised_base(world: World, tmp_path: Path, refuse_prepass: Callable[..., str]) -> None:
-    base = copy_of(world, tmp_path, quantization_config={"quant_method": "fp8"})
-    message = refuse_prepass(world.recipe(base_model=str(base)))
-    says(message, f"model {base}", "quantised", "full-precision")
-
-
-def test_quantised_models_are_not_merged(
-    world: World, tmp_path: Path, refuse_merge: Callable[..., str]
+@pytest.mark.parametrize("said", [{}, {"quantization_config": {"quant_method": "fp8"}}])
+def test_quantised_models(
+    world: World,
+    tmp_path: Path,
+    refuse_prepass: Callable[..., str],
+    refuse_merge: Callable[..., str],
+    said: dict[str, Any],
 ) -> None:
-    """mergekit would take the codes of eight-bit floats for weights."""
-    model = copy_of(world, tmp_path, quantization_config={"quant_method": "fp8"})
-    message = refuse_merge(world.recipe(base_model=str(model)))
-    says(message, f"model {model}", "quantised", "full-precision")
+    """mergekit would take the codes of eight-bit floats for weights, whatever the config says."""
+    model = eight_bit(copy_of(world, tmp_path, **said))
+    words = f"model {model}: is quantised", "self_attn.q_proj.weight", "F8_E4M3", "full-precision"
+    says(refuse_prepass(one_expert(world, str(world.math_data), model)), *words)
+    says(refuse_prepass(world.recipe(base_model=str(model))), *words)
+    says(refuse_merge(world.recipe(base_model=str(model))), *words)
 
 
-def test_a_quantised_text_part() -> None:
-    text = {"quantization_config": {"quant_method": "fp8"}}
-    config = transformers.LlavaConfig(text_config={"model_type": "llama", **text})
-    with pytest.raises(QuantisedModelError, match="model m: is quantised"):
-        refuse_quantised("m", config)
-    refuse_quantised("m", transformers.LlavaConfig())
+def test_a_model_that_only_says_it_is_quantised(
+    world: World,
+    tmp_path: Path,
+    refuse_prepass: Callable[..., str],
+    refuse_merge: Callable[..., str],
+) -> None:
+    model = copy_of(world, tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    words = f"model {model}", "hold full precision", "take quantization_config out of"
+    says(refuse_prepass(one_expert(world, str(world.math_data), model)), *words)
+    says(refuse_merge(world.recipe(base_model=str(model))), *words)
 
 
 def test_no_tokenizer_anywhere(
@@ -727,7 +734,8 @@ def test_tokens_that_the_model_does_not_know(
         checkpoints.llama_config(layers=1, vocabulary=40),
     )
     byte_tokenizer(model)
-    message = refuse_prepass(one_expert(world, str(world.math_data), model))
+    recipe = {**one_expert(world, str(world.math_data), model), "tokenizer": {"source": "base"}}
+    message = refuse_prepass(recipe)
     says(message, f"model {model}", "token 64", "knows 40 tokens", "tokenizer")
 
 

@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from mergekit.common import ModelReference, get_auto_cls
+from mergekit.common import get_auto_cls
 
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.errors import CalibrationError, DeviceMemoryError, quoted
+from mergekit_obim.models.opened import OpenModel
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 @contextmanager
 def loaded(
     label: str,
-    merged: ModelReference,
-    config: PretrainedConfig,
+    opened: OpenModel,
     dtype: str | None,
     options: RunOptions,
     offload_folder: Path,
@@ -33,8 +33,7 @@ def loaded(
 
     Args:
         label: What to call it.
-        merged: Where it is, adapters merged in.
-        config: Its configuration.
+        opened: Its checkpoint; none but the files that mergekit reads of it are loaded.
         dtype: Of its weights; None is the checkpoint's.
         options: Where it goes.
         offload_folder: Holds the offloaded weights that cannot be read from the checkpoint as
@@ -51,30 +50,32 @@ def loaded(
             "max_memory": dict(options.max_memory) or None,
             "offload_folder": str(offload_folder),
         }
+    kind = get_auto_cls((opened.config.architectures or [""])[0])
     try:
-        try:
-            model = get_auto_cls((config.architectures or [""])[0]).from_pretrained(
-                merged.model.path,
-                revision=merged.model.revision,
-                dtype=dtype or "auto",
-                trust_remote_code=options.trust_remote_code,
-                cache_dir=options.transformers_cache,
-                **placement,
-            )
-            if not options.device_map:
-                cast("torch.nn.Module", model).to(options.device)
-        except Exception as error:
-            if out_of_memory(error):
-                raise does_not_fit(label, options, "it does") from error
-            how = f" with --device-map {options.device_map}" if options.device_map else ""
-            raise CalibrationError(
-                f"model {label}: cannot be loaded{how}: {quoted(error)}"
-            ) from error
-        if any(parameter.is_meta for parameter in model.parameters()):
-            _give_freed_memory_back()
-        if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
-            _without_grouped_mm(model)
-        yield cast("PreTrainedModel", model.eval())
+        with opened.files_to_load() as files:  # offloaded weights are read there all along
+            try:
+                model = kind.from_pretrained(
+                    files.path,
+                    revision=files.revision,
+                    dtype=dtype or "auto",
+                    trust_remote_code=options.trust_remote_code,
+                    cache_dir=options.transformers_cache,
+                    **placement,
+                )
+                if not options.device_map:
+                    cast("torch.nn.Module", model).to(options.device)
+            except Exception as error:
+                if out_of_memory(error):
+                    raise does_not_fit(label, options, "it does") from error
+                how = f" with --device-map {options.device_map}" if options.device_map else ""
+                raise CalibrationError(
+                    f"model {label}: cannot be loaded{how}: {quoted(error)}"
+                ) from error
+            if any(parameter.is_meta for parameter in model.parameters()):
+                _give_freed_memory_back()
+            if any(parameter.dtype == torch.float64 for parameter in model.parameters()):
+                _without_grouped_mm(model)
+            yield cast("PreTrainedModel", model.eval())
     finally:
         shutil.rmtree(offload_folder, ignore_errors=True)
 

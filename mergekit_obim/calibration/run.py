@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,6 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from mergekit.common import ModelPath, ModelReference, dtype_from_name
-from mergekit.io import LazyTensorLoader
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
@@ -35,18 +33,17 @@ from mergekit_obim.errors import (
     RecipeError,
     SaliencyFileError,
     quoted,
-    refuse_quantised,
 )
 from mergekit_obim.kernels.scores import task_vector
-from mergekit_obim.models.checkpoint import Skim, tensor_of
+from mergekit_obim.models.loaded import check_loaded
 from mergekit_obim.models.names import stored_parts, weight_names
+from mergekit_obim.models.opened import OpenModel, open_model, refuse_code
 from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,
     saliency_file_name,
     write_saliency,
 )
-from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -94,16 +91,20 @@ class Prepared:
 
     expert: Expert
     path: Path
-    config: PretrainedConfig
-    weights: _Weights
+    model: OpenModel
     data: TokenizedCalibration
     wanted: SaliencyMetadata
     kept: SaliencyFile | None
-    base: _Weights | None
+    base: OpenModel | None
 
 
 def prepare_expert(
-    expert: Expert, base_model: object, out_dir: Path, options: RunOptions, ranks: Ranks
+    expert: Expert,
+    base_model: object,
+    models: Mapping[ModelReference, OpenModel],
+    out_dir: Path,
+    options: RunOptions,
+    ranks: Ranks,
 ) -> Prepared:
     """Read and check all that is needed to measure an expert, so that faults are told at once.
 
@@ -111,6 +112,7 @@ def prepare_expert(
         expert: Who is measured, on what.
         base_model: The recipe's base, for its tokenizer and its processor where the expert has
             none, and for dense files; None where only its slices have one.
+        models: The recipe's models that are open already, the expert among them.
         out_dir: The folder to write ``<model-name>.safetensors`` to.
         options: Where and how.
         ranks: The processes that share the work; what is in OUT_DIR is the first one's business.
@@ -122,27 +124,24 @@ def prepare_expert(
     path = out_dir / saliency_file_name(expert.model)
     reference = ModelReference.model_validate(expert.reference)
     base = ModelReference.model_validate(base_model) if base_model else None
-    config = _config(reference, options)
-    if base:
-        _refuse_quantised_base(base, options)
-    weights = _Weights(expert.model, reference, options)
+    model = models[reference]
     places = _places([reference, *([base] if base else [])])
     tokenizer = _tokenizer(expert.model, places, options)
     data = prepare(
         expert.calibration,
         tokenizer,
         expert.model,
-        _length_limit(tokenizer, config),
-        cache(lambda: _processor(places, options, config, tokenizer)),
+        _length_limit(tokenizer, model.config),
+        cache(lambda: _processor(places, options, model.config, tokenizer)),
     )
-    _check_vocabulary(expert.model, data, config)
+    _check_vocabulary(expert.model, data, model.config)
     wanted = SaliencyMetadata(
         form="dense" if options.dense else "factored",
         model=expert.model,
-        revision=reference.model.revision or weights.commit,
-        architecture=(config.architectures or [""])[0],
-        calibration=_record(expert.calibration, data, config),
-        fingerprint=weights.fingerprints(),
+        revision=reference.model.revision or model.commit,
+        architecture=(model.config.architectures or [""])[0],
+        calibration=_record(expert.calibration, data, model.config),
+        fingerprint=model.fingerprints(),
         mergekit_obim_version=__version__,
     )
     base_weights = None
@@ -152,26 +151,14 @@ def prepare_expert(
                 f"model {expert.model}: --dense needs the weights that it was fine-tuned from: add "
                 "a top-level base_model to the recipe, or leave --dense out"
             )
-        base_weights = _Weights(str(base), base, options)
+        base_weights = models[base] if base in models else open_model(base, options)
         wanted.calibration["base"] = str(base)
         wanted.calibration["base_weights"] = base_weights.digest()
         wanted.calibration["merge_dtype"] = options.merge_dtype
     kept = None
     if ranks.first and path.exists():
         kept = _kept(path, wanted, options.overwrite)
-    return Prepared(expert, path, config, weights, data, wanted, kept, base_weights)
-
-
-def open_model(
-    reference: ModelReference, options: RunOptions, *, weights: bool = True
-) -> tuple[PretrainedConfig, LazyTensorLoader | None]:
-    """A model's configuration and, if asked for, its checkpoint, of which nothing is read yet.
-
-    Raises:
-        CalibrationError: It cannot be read, or is quantised.
-    """
-    config = _config(reference, options)
-    return config, _Weights(str(reference), reference, options).loader if weights else None
+    return Prepared(expert, path, model, data, wanted, kept, base_weights)
 
 
 def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured | None:
@@ -216,7 +203,7 @@ def _write(
     shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
     read = h.__getitem__
     if prepared.base:
-        dense = _DenseScores(h, prepared.weights, prepared.base, _merge_dtype(options.merge_dtype))
+        dense = _DenseScores(h, prepared.model, prepared.base, _merge_dtype(options.merge_dtype))
         shapes, read = dense.shapes, dense.read
     metadata = prepared.wanted.model_copy(update=found)
     try:
@@ -233,7 +220,7 @@ def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
         prepared.expert.model,
         prepared.path,
         prepared.kept is not None,
-        len(file.shapes.keys() & set(prepared.weights.names)),  # some under further names too
+        len(file.shapes.keys() & set(prepared.model.names)),  # some under further names too
         metadata.unscored,
         prepared.wanted.calibration["samples"],
         prepared.data.tokens,
@@ -260,90 +247,6 @@ def _pooled(experts: Mapping[str, Mapping[str, list[int]]]) -> list[str]:
     ]
 
 
-class _Weights:
-    """An expert's checkpoint as mergekit reads it, adapters merged into it."""
-
-    def __init__(self, label: str, reference: ModelReference, options: RunOptions):
-        if reference.lora and not options.lora_merge_cache:
-            raise CalibrationError(
-                f"model {label}: an adapter has to be merged into its model first: give "
-                "--lora-merge-cache DIR, and the same to mergekit-yaml"
-            )
-        self.label = label
-        try:
-            self.merged = reference.merged(
-                cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code
-            )
-            self.loader: LazyTensorLoader = self.merged.lazy_loader(
-                cache_dir=options.transformers_cache, lazy_unpickle=False
-            )
-        except Exception as error:  # whatever transformers, peft, or the Hub raise
-            raise CalibrationError(f"model {label}: cannot be read: {quoted(error)}") from error
-
-    @property
-    def names(self) -> list[str]:
-        return list(self.loader.index.tensor_paths)
-
-    @property
-    def commit(self) -> str:
-        """Of a model on the Hub, what its folder in the cache is called; else nothing."""
-        folder = Path(self.loader.index.base_path)
-        return folder.name if folder.parent.name == "snapshots" else ""
-
-    def load(self, name: str) -> torch.Tensor:
-        return tensor_of(self.loader, name)
-
-    def shape(self, name: str) -> torch.Size | None:
-        return self.load(name).shape if name in self.loader.index.tensor_paths else None
-
-    def fingerprints(self) -> dict[str, Fingerprint]:
-        """A sample of every stored floating-point weight."""
-        prints = {}
-        skim = Skim(self.loader)
-        for name in self.names:
-            tensor = skim.load(name)
-            if tensor.is_floating_point():
-                prints[name] = fingerprint(tensor)
-        skim.close()
-        return prints
-
-    def digest(self) -> str:
-        """The same in one word."""
-        prints = self.fingerprints()
-        lines = "".join(f"{name} {prints[name].model_dump_json()}\n" for name in sorted(prints))
-        return hashlib.sha256(lines.encode()).hexdigest()
-
-
-def _config(reference: ModelReference, options: RunOptions) -> PretrainedConfig:
-    try:
-        config = reference.config(trust_remote_code=options.trust_remote_code)
-    except Exception as error:
-        _refuse_code(str(reference), "it", error)
-        raise CalibrationError(
-            f"model {reference}: neither a model folder nor a model on the Hub: {quoted(error)}"
-        ) from error
-    refuse_quantised(str(reference), config)
-    return config
-
-
-def _refuse_quantised_base(base: ModelReference, options: RunOptions) -> None:
-    """As the merge will. A base that is not here is needed only then."""
-    try:
-        config = base.config(trust_remote_code=options.trust_remote_code)
-    except Exception:
-        return
-    refuse_quantised(str(base), config)
-
-
-def _refuse_code(label: str, what: str, error: Exception) -> None:
-    """Raise if transformers failed because it must not run code that comes with a model."""
-    if "trust_remote_code" in str(error):
-        raise CalibrationError(
-            f"model {label}: {what} comes with code of its own: if you trust that, give "
-            "--trust-remote-code, and the same to mergekit-yaml"
-        ) from error
-
-
 def _places(references: list[ModelReference]) -> list[ModelPath]:
     """Where to look for an expert's tokenizer: its adapter, its model, the base."""
     return [
@@ -359,7 +262,7 @@ def _tokenizer(label: str, places: list[ModelPath], options: RunOptions) -> PreT
         try:
             return cast("PreTrainedTokenizerBase", _from(AutoTokenizer, place, options))
         except Exception as error:
-            _refuse_code(label, "its tokenizer", error)
+            refuse_code(label, "its tokenizer", error)
             raise CalibrationError(
                 f"model {label}: the tokenizer of {place} can't be loaded: {quoted(error)}; mend "
                 "its files, or remove them where the base's tokenizer will do"
@@ -388,7 +291,7 @@ def _processor(
         try:
             processor = _from(AutoProcessor, place, options)
         except Exception as error:
-            _refuse_code(str(place), "its processor", error)
+            refuse_code(str(place), "its processor", error)
             or_install = "" if is_torchvision_available() else ", or install torchvision for it"
             raise CalibrationError(
                 f"has images, but the processor of {place} can't be loaded: {quoted(error)}; mend "
@@ -516,13 +419,13 @@ def _run(
             )
     with loaded(
         label,
-        prepared.weights.merged,
-        prepared.config,
+        prepared.model,
         calibration.dtype,
         options,
         path.with_name(f".{path.name}.{ranks.rank}.offload"),
     ) as model:
-        stored = set(prepared.weights.names)
+        stored = set(prepared.model.names)
+        check_loaded(model, prepared.model, prepared.wanted.fingerprint)
         # Before the run, which unties the tied among offloaded weights.
         names = weight_names(model, stored)
         try:
@@ -543,7 +446,7 @@ def _run(
             raise CalibrationError(
                 f"model {label}: its forward pass failed on calibration data: {quoted(error)}"
             ) from error
-        return _entries(model, capture, names, prepared.weights)
+        return _entries(model, capture, names, prepared.model)
 
 
 def _measurement(wanted: SaliencyMetadata) -> dict[str, object]:
@@ -563,16 +466,16 @@ def _entries(
     model: PreTrainedModel,
     capture: CurvatureCapture,
     names: Mapping[str, tuple[str, ...]],
-    weights: _Weights,
+    opened: OpenModel,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """h under every name that a merge may ask for it; and for the header, what else was found."""
-    stored = set(weights.names)
+    stored = set(opened.names)
     h: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, list[int]]] = {}
     for parameter, curvature in capture.curvatures().items():
         h |= dict.fromkeys(names[parameter], curvature.h)
         if not any(name in stored for name in names[parameter]):
-            h |= stored_parts(model, parameter, curvature.h, weights.shape)
+            h |= stored_parts(model, parameter, curvature.h, opened.shape)
         if curvature.experts:
             tokens, pooled = list(curvature.experts), list(curvature.pooled)
             experts[parameter] = {"tokens": tokens, "pooled": pooled}
@@ -586,8 +489,8 @@ class _DenseScores:
     def __init__(
         self,
         h: Mapping[str, torch.Tensor],
-        expert: _Weights,
-        base: _Weights,
+        expert: OpenModel,
+        base: OpenModel,
         dtype: torch.dtype | None,
     ):
         self.h, self.expert, self.base, self.dtype = h, expert, base, dtype

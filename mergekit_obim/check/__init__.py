@@ -20,21 +20,16 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
-from mergekit_obim.calibration.run import Prepared, open_model, prepare_expert
+from mergekit_obim.calibration.run import Prepared, prepare_expert
 from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
 from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
-from mergekit_obim.check.models import (
-    Model,
-    absent,
-    check_models,
-    check_plan,
-    experts_of,
-    open_models,
-)
+from mergekit_obim.check.models import check_models, check_plan, experts_of
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.models.inspection import Opened
+from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import read_config
 
@@ -50,20 +45,15 @@ def recipe_faults(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def doubts(
-    prepared: Collection[Prepared], base_model: object, options: RunOptions
+    prepared: Collection[Prepared], base: ModelReference | None, opened: Opened
 ) -> Iterator[str]:
     """What the pre-pass says of experts beside their base, if the base's weights are here."""
-    if not base_model:
+    if base is None or base not in opened.models:
         return
-    base = ModelReference.model_validate(base_model)
-    if absent(base, options):
-        return
-    _, weights = open_model(base, options)
-    if weights is not None:
-        experts = {one.expert.model: one.weights.loader for one in prepared}
-        relation = relate(str(base), weights, experts)
-        yield from relation.faults()
-        yield from relation.doubts()
+    experts = {one.expert.model: one.model.loader for one in prepared}
+    relation = relate(str(base), opened.models[base].loader, experts)
+    yield from relation.faults()
+    yield from relation.doubts()
 
 
 def check(
@@ -100,9 +90,8 @@ def check(
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
-    models = open_models(config, options, verdict)
-    check_models(config, models, verdict)
-    missing = check_plan(config, models, out_dir, options, verdict)
+    opened = check_models(config, options, verdict)
+    missing = check_plan(config, opened, out_dir, options, verdict)
     to_measure = [
         expert for expert in found.experts if out_dir is not None or _names(missing, expert.model)
     ]
@@ -110,8 +99,8 @@ def check(
         # Whose saliency is there needs no calibration any more.
         if out_dir is not None or _names(missing, model):
             verdict.faults.append(line)
-    tokens = _check_calibration(to_measure, recipe, models, out_dir, options, verdict)
-    _estimate(config, to_measure, tokens, models, options, verdict)
+    tokens = _check_calibration(to_measure, recipe, opened, out_dir, options, verdict)
+    _estimate(config, to_measure, tokens, opened.readable, options, verdict)
     verdict.faults = list(dict.fromkeys(verdict.faults))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
     return verdict
@@ -124,7 +113,7 @@ def _names(lines: Collection[str], model: str) -> bool:
 def _check_calibration(
     experts: Collection[Expert],
     recipe: Mapping[str, Any],
-    models: Mapping[ModelReference, Model],
+    opened: Opened,
     out_dir: Path | None,
     options: RunOptions,
     verdict: Verdict,
@@ -136,19 +125,23 @@ def _check_calibration(
             calibration = expert.calibration
             most = sum(source.samples for source in calibration.sources) * calibration.max_length
             reference = ModelReference.model_validate(expert.reference)
-            model = models.get(reference)
             elsewhere = [s.data for s in calibration.sources if not is_local_file(s.data)]
             if elsewhere:
                 verdict.warnings.append(
                     f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
                     "pre-pass will read it"
                 )
-            if elsewhere or model is None or model.weights is None:
+            if elsewhere or reference not in opened.readable:
                 tokens += most
                 continue
             try:
                 prepared = prepare_expert(
-                    expert, recipe.get("base_model"), out_dir or Path(nowhere), options, Ranks()
+                    expert,
+                    recipe.get("base_model"),
+                    opened.models,
+                    out_dir or Path(nowhere),
+                    options,
+                    Ranks(),
                 )
             except ObimError as error:
                 verdict.faults.append(error.message)
@@ -162,18 +155,16 @@ def _estimate(
     config: MergeConfiguration,
     to_measure: Collection[Expert],
     tokens: int,
-    models: Mapping[ModelReference, Model],
+    models: Mapping[ModelReference, OpenModel],
     options: RunOptions,
     verdict: Verdict,
 ) -> None:
-    weights = next((model.weights for model in models.values() if model.weights), None)
-    base = models.get(config.base_model) if config.base_model else None
-    weights = base.weights if base and base.weights else weights
-    if weights is None:
+    model = models.get(config.base_model) if config.base_model else None
+    model = model or next(iter(models.values()), None)
+    if model is None:
         return
-    tensors = {name: weights.get_tensor(name) for name in weights.index.tensor_paths}
-    shapes = {name: list(t.shape) for name, t in tensors.items() if t is not None}
-    stored = next(t.dtype for t in tensors.values() if t is not None and t.is_floating_point())
+    shapes = {name: list(header.shape) for name, header in model.headers.items()}
+    stored = next(tensor.dtype for tensor in map(model.load, shapes) if tensor.is_floating_point())
     experts = len(experts_of(config))
     if to_measure:
         asked = {e.calibration.dtype for e in to_measure}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergekit_obim.check.estimate import Cost
+from mergekit_obim.models.findings import Finding
 
 
 @dataclass
@@ -29,6 +31,12 @@ class Verdict:
     distances: dict[str, float] = field(default_factory=dict)
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
+
+    def note(self, findings: Iterable[Finding]) -> None:
+        """Add what was found of models."""
+        for finding in findings:
+            lines = self.faults if finding.severity == "error" else self.warnings
+            lines.append(finding.message)
 
     def to_json(self) -> str:
         """For machines: also whether it is all right."""

@@ -6,21 +6,26 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from mergekit_obim import __version__
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import CheckpointError, RecipeError, one_line
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
 if TYPE_CHECKING:
+    from mergekit.config import MergeConfiguration
+
     from mergekit_obim.calibration.options import RunOptions
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Measured
+    from mergekit_obim.calibration.spec import Expert
+    from mergekit_obim.models.inspection import Opened
 
     ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
 else:
@@ -187,6 +192,7 @@ def _measure(
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import measure, prepare_expert
+    from mergekit_obim.planned import read_config
 
     ranks = ranks or Ranks()
     run_options = _run_options(recipe, options, ranks.local)
@@ -196,12 +202,16 @@ def _measure(
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
-    base = recipe.get("base_model")
+    base, merge = recipe.get("base_model"), read_config(recipe)
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
+    opened = ranks.machine_by_machine(lambda: _inspected(merge, experts, run_options, ranks))
     prepared = ranks.machine_by_machine(
-        lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
+        lambda: [
+            prepare_expert(expert, base, opened.models, out_dir, run_options, ranks)
+            for expert in experts
+        ]
     )
-    for doubt in checking.doubts(prepared, base, run_options) if ranks.first else ():
+    for doubt in checking.doubts(prepared, merge.base_model, opened) if ranks.first else ():
         click.echo(f"Warning: {doubt}", err=True)
     for number, one in enumerate(prepared, 1):
         measured = measure(one, run_options, ranks)
@@ -211,6 +221,46 @@ def _measure(
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not run_options.quiet:
             click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+
+
+def _inspected(
+    merge: MergeConfiguration, experts: Sequence[Expert], options: RunOptions, ranks: Ranks
+) -> Opened:
+    """The experts to measure and their base, opened and looked at.
+
+    Raises:
+        CheckpointError: One of them cannot be measured, or not be merged.
+    """
+    from mergekit.common import ModelReference
+
+    from mergekit_obim.models.inspection import (
+        inspect_absent,
+        inspect_models,
+        is_aligned,
+        open_models,
+    )
+    from mergekit_obim.models.opened import open_model
+
+    base = merge.base_model
+    opened = open_models([base] if base else [], options)
+    # What is to be measured is downloaded, and its adapter merged, if need be.
+    for expert in experts:
+        reference = ModelReference.model_validate(expert.reference)
+        opened.models[reference] = open_model(reference, options)
+    found = list(opened.findings)
+    found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
+    if base in opened.absent:
+        with suppress(CheckpointError):  # only the merge needs it
+            found += inspect_absent(base, options)
+    errors = []
+    for finding in found:
+        if finding.severity == "error":
+            errors.append(finding.message)
+        elif ranks.first:
+            click.echo(f"Warning: {finding.message}", err=True)
+    if errors:
+        raise CheckpointError("; ".join(errors))
+    return opened
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:

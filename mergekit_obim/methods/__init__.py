@@ -2,6 +2,7 @@
 
 ``parameters``  what a recipe may say
 ``saliency``    an expert's stored saliency, fit to the merged tensor
+``preflight``   inspecting the models before mergekit opens them
 ``planning``    finding everything that can be wrong before a tensor is merged
 ``base``        what the methods do alike when they merge
 """
@@ -13,6 +14,7 @@ import logging
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
+from mergekit_obim.methods import preflight
 from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
 from mergekit_obim.methods.obim import OBIM
 from mergekit_obim.methods.obm_sign import OBM_SIGN
@@ -37,3 +39,4 @@ def register() -> None:
                 "mergekit already has a merge method %r; mergekit-obim's stays out",
                 method.spec.name,
             )
+    preflight.install([method.spec.name for method in METHODS])

@@ -35,7 +35,7 @@ from mergekit.merge_methods.base import (
     TensorGroup,
 )
 
-from mergekit_obim.errors import ObimError, RecipeError, refuse_quantised
+from mergekit_obim.errors import ObimError, RecipeError
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
@@ -296,9 +296,6 @@ def _checked_plan_module(original: Any) -> Any:
         if not isinstance(planner._method, PlannedMethod):
             original(planner, module_name, definition)
             return
-        for model in planner.config.referenced_models():
-            trust = planner.options.trust_remote_code
-            refuse_quantised(str(model), model.config(trust_remote_code=trust))
         _check_recipe(planner._method, planner.config, definition)
         first = len(planner._tensors)
         original(planner, module_name, definition)

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from mergekit.io import LazyTensorLoader
+
+from mergekit_obim.errors import CheckpointError, quoted
 
 # The pages of a safetensors file that were touched count as the process's memory while it is open.
 _MAPPED_BYTES = 2**26
 
 
 def tensor_of(loader: LazyTensorLoader, name: str) -> torch.Tensor:
-    """A tensor that the checkpoint is known to have.
+    """Read a tensor that the checkpoint is known to have, lazily where its file allows that.
 
     Raises:
-        KeyError: It has not.
+        KeyError: It has none of that name.
+        CheckpointError: The tensor's file has gone, or is not what it was.
     """
-    tensor = loader.get_tensor(name)
+    try:
+        tensor = loader.get_tensor(name)
+    except KeyError:
+        raise
+    except Exception as error:  # safetensors, torch and the system have kinds of their own
+        file = Path(loader.index.base_path, loader.index.tensor_paths[name])
+        raise CheckpointError(
+            f"{file}: tensor {name} cannot be read: {quoted(error)}; get the file again"
+        ) from error
     assert tensor is not None  # it raises before
     return tensor
 

@@ -12,7 +12,9 @@ mergekit fuses them too where its definition says so, and asks for single ones e
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from transformers.core_model_loading import (
 
 # Divisible by every number of tensors that are concatenated along one dim: q, k, v; gate and up.
 _STAND_IN = 12
+# The number of an expert in a stored name: `mlp.experts.3.gate_proj.weight`.
+_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 def weight_names(
@@ -46,16 +50,19 @@ def weight_names(
         Parameter name (a tied one once, as in ``named_parameters()``) -> its names: the
         module's first, then those that the checkpoint has for it or for what it is tied to.
     """
-    first_name = {id(p): name for name, p in model.named_parameters()}
-    names = {name: [name] for name in first_name.values()}
-    parameter_of = {
-        name: first_name[id(p)] for name, p in model.named_parameters(remove_duplicate=False)
-    }
-    for stored, renamed in _renamed(model, checkpoint_names).items():
-        parameter = parameter_of.get(renamed)
-        if parameter is not None and stored not in names[parameter]:
-            names[parameter].append(stored)
+    first_name = first_names(model)
+    names = {name: [name] for name in dict.fromkeys(first_name.values())}
+    for name, stored in sources_of(model, checkpoint_names).renamed.items():
+        parameter = first_name.get(name)
+        if parameter is not None:
+            names[parameter] += [own for own in stored if own not in names[parameter]]
     return {parameter: tuple(known) for parameter, known in names.items()}
+
+
+def first_names(model: PreTrainedModel) -> dict[str, str]:
+    """Map every name of every parameter to its first one, which tied parameters share."""
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def stored_parts(
@@ -103,20 +110,82 @@ def stored_parts(
     return parts if elements == weight.numel() else {}
 
 
-def _renamed(model: PreTrainedModel, checkpoint_names: Collection[str]) -> dict[str, str]:
-    """Checkpoint name -> module name, where loading changes the name at most.
+@dataclass(frozen=True)
+class Conversion:
+    """Stored tensors that loading fuses, splits or transposes into parameters.
 
-    The same steps as transformers' ``convert_and_load_state_dict_in_model``.
+    Attributes:
+        targets: The parameters' names.
+        sources: The stored tensors, by the pattern of transformers' rule that each one matches;
+            ``*`` in it stands for the number of an expert.
+    """
+
+    targets: tuple[str, ...]
+    sources: Mapping[str, list[str]]
+
+    def missing(self, count: int) -> list[str]:
+        """Name the stored tensors that would make the sources complete.
+
+        Args:
+            count: How many experts there are.
+
+        Returns:
+            Names as the checkpoint would have them; a rule's pattern where it has not one such.
+        """
+        lacking = []
+        for pattern, names in self.sources.items():
+            if not names:
+                lacking.append(pattern)
+            elif "*" in pattern:
+                wanted = [_EXPERT.sub(str(number), names[0], count=1) for number in range(count)]
+                lacking += [name for name in wanted if name not in names]
+        return lacking
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Which stored tensors a model's parameters and buffers are loaded from.
+
+    Attributes:
+        renamed: For each name in the model, the stored tensors that are it, under any name.
+        conversions: The tensors that change their layout as they are loaded.
+        unused: The stored tensors that nothing is loaded from.
+    """
+
+    renamed: dict[str, list[str]]
+    conversions: list[Conversion]
+    unused: list[str]
+
+
+def sources_of(model: PreTrainedModel, checkpoint_names: Collection[str]) -> Sources:
+    """Follow transformers' own rules for loading from stored names to names in the model.
+
+    The steps are those of its ``convert_and_load_state_dict_in_model``.
+
+    Args:
+        model: The model; on the meta device will do.
+        checkpoint_names: The names of the tensors that its checkpoint stores.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    rule_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
     prefix, module_names = model.base_model_prefix, model.state_dict()
-    renamed = {}
+    found = Sources({}, [], [])
+    by_targets: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for stored in sorted(checkpoint_names, key=dot_natural_key):
-        name, converted = rename_source_key(stored, renamings, converters, prefix, module_names)
+        name, pattern = rename_source_key(stored, renamings, converters, prefix, module_names)
         if name not in module_names and stored in module_names:
-            name, converted = rename_source_key(stored, [], [], prefix, module_names)
-        if converted is None:
-            renamed[stored] = name
-    return renamed
+            name, pattern = rename_source_key(stored, [], [], prefix, module_names)
+        if name not in module_names:
+            found.unused.append(stored)
+        elif pattern is None:
+            found.renamed.setdefault(name, []).append(stored)
+        else:
+            rule = rule_of[pattern]
+            first, *_ = rule.target_patterns
+            targets = tuple(name.replace(first, target) for target in rule.target_patterns)
+            matched = by_targets.setdefault(targets, {p: [] for p in rule.source_patterns})
+            matched[pattern].append(stored)
+    found.conversions.extend(Conversion(*item) for item in by_targets.items())
+    return found

@@ -1,0 +1,84 @@
+"""Looking at a recipe's models before mergekit does, so that faults are told in our words.
+
+mergekit opens models and works out their architecture before it plans, and ends with a traceback
+where a model is not what it expects. Its first step with a recipe is `get_architecture_info`: with
+one of our methods, the models are inspected before it. With any other method nothing happens. (A
+hook of mergekit's own, called with the recipe and the options before a merge begins, would replace
+this.)
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+from collections.abc import Callable, Collection
+from typing import Any
+
+import mergekit.architecture
+from mergekit.config import MergeConfiguration
+from mergekit.options import MergeOptions
+
+from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
+
+LOG = logging.getLogger("mergekit_obim")
+
+_HOOKED = "get_architecture_info"
+
+
+def install(method_names: Collection[str]) -> None:
+    """Have the models of recipes with these methods inspected first; again changes nothing."""
+    # Registration usually happens while mergekit.merge is being imported, which has its own
+    # reference to the function by then.
+    for module in (mergekit.architecture, sys.modules.get("mergekit.merge")):
+        original = getattr(module, _HOOKED, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            vars(module)[_HOOKED] = _inspecting(original, frozenset(method_names))
+
+
+def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
+    """Open and inspect all models of a recipe, log warnings, and refuse what cannot be merged.
+
+    Raises:
+        CheckpointError: Some cannot; the message names them all, and what to do.
+    """
+    # Imported here: whoever merges with another method should not wait for it.
+    from mergekit_obim.models.inspection import inspect_models, is_aligned
+    from mergekit_obim.models.opened import open_model
+
+    errors = []
+    models = {}
+    for reference in sorted(config.referenced_models(), key=str):
+        try:
+            models[reference] = open_model(reference, options)
+        except ObimError as error:
+            errors.append(error.message)
+    for finding in inspect_models(
+        models,
+        config.base_model,
+        options,
+        aligned=is_aligned(config) or options.unsafe_truncate_embeddings,
+        any_architecture=options.allow_crimes,
+    ):
+        if finding.severity == "error":
+            errors.append(finding.message)
+        else:
+            LOG.warning(finding.message)
+    if errors:
+        raise CheckpointError("; ".join(errors))
+
+
+def _inspecting(original: Callable[..., Any], method_names: frozenset[str]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def get_architecture_info(config: Any, options: MergeOptions) -> Any:
+        if getattr(config, "merge_method", None) not in method_names:
+            return original(config, options)
+        inspect_recipe(config, options)
+        try:
+            return original(config, options)
+        except ObimError:
+            raise
+        except Exception as error:  # mergekit, transformers and the Hub raise many kinds
+            raise RecipeError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+
+    return get_architecture_info

@@ -1,0 +1,211 @@
+"""Whether a checkpoint has every tensor that its model, and mergekit's plan of it, consists of.
+
+transformers fills what is missing at random, and mergekit reads an embedding for a head that is
+not there: both in silence, or nearly so. The model is built without memory (on torch's meta
+device), and its parameters are traced back to stored tensors by transformers' own rules for
+loading, so that fused experts are looked at one by one.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from math import prod
+
+import torch
+from mergekit.architecture import WeightInfo, arch_info_for_config
+from mergekit.common import get_auto_cls
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+
+from mergekit_obim.models.files import TensorHeader
+from mergekit_obim.models.findings import Finding, listed
+from mergekit_obim.models.names import Sources, first_names, sources_of
+from mergekit_obim.models.opened import Access, OpenModel
+
+# What old checkpoints keep and models make anew: masks, and the frequencies of rotary embeddings.
+_BUFFERS = (".attn.bias", "masked_bias", "inv_freq", "position_ids")
+
+
+def completeness(
+    model: OpenModel, access: Access, *, is_base: bool, merging: bool
+) -> Iterator[Finding]:
+    """Find tensors that a checkpoint lacks, and those of a base that a merge would leave out.
+
+    Args:
+        model: The model; tensors of unreadable files count as there, as its index lists them.
+        access: Whether code that comes with the model may run; without it, if the model needs
+            that, only what mergekit knows of its architecture is compared.
+        is_base: Whether the merged model will have this one's tensors, and no others.
+        merging: Whether mergekit is to merge now; before the pre-pass, what it cannot merge is
+            only a warning, as other tools may.
+
+    Yields:
+        An error that names the missing tensors, or a warning that names the dropped ones.
+    """
+    built, sources = _traced(model, access)
+    if built and (missing := missing_tensors(built, model, sources)):
+        yield Finding("error", f"model {model.label}: {missing}")
+    elif missing := _missing_in_plan(model, built, sources):
+        severe = merging or not built
+        yield Finding("error" if severe else "warning", f"model {model.label}: {missing}")
+    elif is_base:
+        planned = {name for info in planned_tensors(model.config) for name in _names(info)}
+        if planned or built:
+            yield from _dropped(model, planned or set(built.state_dict()), sources)  # type: ignore[union-attr]
+
+
+# The models of a recipe are alike; tracing the tensors of a large mixture takes a second.
+_TRACED: dict[tuple[str, tuple[str, ...]], tuple[PreTrainedModel, Sources]] = {}
+
+
+def _traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, Sources | None]:
+    """The model without its weights, and what its checkpoint's tensors become in it."""
+    key = (model.config.to_json_string(), tuple(model.names))
+    if key not in _TRACED:
+        built = build_without_weights(model.config, access)
+        if built is None:
+            return None, None
+        _TRACED.clear()
+        _TRACED[key] = built, sources_of(built, model.names)
+    return _TRACED[key]
+
+
+def missing_tensors(
+    model: PreTrainedModel, opened: OpenModel, sources: Sources | None = None
+) -> str:
+    """Say which parameters of a model its checkpoint does not store whole; empty if it does all.
+
+    Args:
+        model: The model, on the meta device or loaded.
+        opened: Its checkpoint.
+        sources: What the checkpoint's tensors become, if it is known already.
+    """
+    sources = sources or sources_of(model, opened.names)
+    complete = _complete_parameters(model, sources, opened.headers)
+    missing: list[str] = []
+    for conversion in sources.conversions:
+        if complete.isdisjoint(conversion.targets):
+            count = model.state_dict()[conversion.targets[0]].shape[0]
+            missing += conversion.missing(count) or conversion.targets
+    started = {target for conversion in sources.conversions for target in conversion.targets}
+    first = first_names(model)
+    loaded = {first[name] for name in complete | started if name in first}
+    # What transformers' authors know to be absent from published checkpoints.
+    excused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing += [
+        name
+        for name in dict.fromkeys(first.values())
+        if name not in loaded and not any(pattern.search(name) for pattern in excused)
+    ]
+    if not missing:
+        return ""
+    what = f"has no tensor {listed(missing)}"
+    prefixed = (name for name in sources.unused if name.endswith(f".{missing[-1]}"))
+    if prefix := next(prefixed, "").removesuffix(missing[-1]):
+        return (
+            f"{what}: they are stored as {prefix}…: rename the tensors without {prefix!r}, as "
+            "saving the model instead of its wrapper does"
+        )
+    if missing == ["lm_head.weight"]:
+        return (
+            f"{what}, and its config.json does not say tie_word_embeddings: true: get the missing "
+            "tensor, or say so in config.json if the head is the embedding"
+        )
+    return f"{what}: the checkpoint is not complete, or config.json is another model's"
+
+
+def _missing_in_plan(
+    model: OpenModel, built: PreTrainedModel | None, sources: Sources | None
+) -> str:
+    """Say which tensors mergekit's own definition would look for in vain; empty if none."""
+    there = set(model.names)
+    if built is not None and sources is not None:
+        there |= _complete_parameters(built, sources, model.headers)
+    ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    missing = [
+        info.name
+        for info in planned_tensors(model.config)
+        if not info.optional
+        and there.isdisjoint({info.name, *(info.aliases or ()), *((info.tied_names or ()) * ties)})
+    ]
+    if not missing:
+        return ""
+    if built is None:
+        return f"has no tensor {listed(missing)}: the checkpoint is not complete"
+    return (
+        f"mergekit cannot merge a {(model.config.architectures or ['model like it'])[0]}: it asks "
+        f"for {listed(missing)}, which such models do not have; mergekit-pytorch merges them "
+        "file by file"
+    )
+
+
+def build_without_weights(config: PretrainedConfig, access: Access) -> PreTrainedModel | None:
+    """Build a model on the meta device, its parameters tied as its configuration says.
+
+    Returns:
+        The model, or None where transformers cannot build it here.
+    """
+    # Whatever code of a model, or of transformers, raises: then there is less to compare with.
+    with suppress(Exception), torch.device("meta"), no_init_weights():
+        model: PreTrainedModel = get_auto_cls((config.architectures or [""])[0]).from_config(
+            copy.deepcopy(config), trust_remote_code=access.trust_remote_code
+        )
+        model.tie_weights()
+        return model
+    return None
+
+
+def planned_tensors(config: PretrainedConfig) -> list[WeightInfo]:
+    """List every tensor of mergekit's own definition of an architecture, if it has one."""
+    with suppress(Exception):  # whatever it makes of a configuration that lacks something
+        info = arch_info_for_config(config)
+        return list(info.all_weights(config)) if info else []
+    return []
+
+
+def _names(info: WeightInfo) -> tuple[str, ...]:
+    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+
+
+def _complete_parameters(
+    model: PreTrainedModel, sources: Sources, headers: Mapping[str, TensorHeader]
+) -> set[str]:
+    """Name the parameters and buffers of which every part is stored."""
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    complete = set(sources.renamed)
+    for conversion in sources.conversions:
+        parts = [name for names in conversion.sources.values() for name in names]
+        unknown = not all(part in headers for part in parts)  # in a file that cannot be read
+        there = sum(prod(headers[part].shape) for part in parts if part in headers)
+        wanted = sum(prod(shapes[target]) for target in conversion.targets if target in shapes)
+        if unknown or there >= wanted:
+            complete |= set(conversion.targets)
+    return complete
+
+
+def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Finding]:
+    made_of: dict[str, set[str]] = {}
+    if sources is not None:
+        for name, stored in sources.renamed.items():
+            for own in stored:
+                made_of.setdefault(own, set()).add(name)
+        for conversion in sources.conversions:
+            for stored in conversion.sources.values():
+                for own in stored:
+                    made_of.setdefault(own, set()).update(conversion.targets)
+    left = [
+        name
+        for name, header in model.headers.items()
+        if not read & {name, *made_of.get(name, ())}
+        and header.dtype.startswith(("F", "BF"))
+        and not name.endswith(_BUFFERS)
+    ]
+    if left:
+        yield Finding(
+            "warning",
+            f"{len(left)} tensors of the base {model.label} will not be in the merged model, as "
+            f"mergekit does not know them: {listed(left, 5)}",
+        )

@@ -1,0 +1,130 @@
+"""The weight files of a checkpoint: their headers, and what keeps them from being read.
+
+Nothing but headers is read here, so a whole checkpoint of hundreds of shards takes milliseconds
+(``.bin`` files a little more: their tensors are mapped, not loaded).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
+from safetensors import SafetensorError, safe_open
+
+from mergekit_obim.errors import one_line
+from mergekit_obim.models.findings import listed
+
+# A checkout without `git lfs pull` has such a text in place of every large file.
+_LFS_POINTER = b"version https://git-lfs"
+
+
+@dataclass(frozen=True)
+class TensorHeader:
+    """What a file says of a tensor.
+
+    Attributes:
+        dtype: As safetensors names it: ``BF16``, ``F8_E4M3``, ``I32``.
+        shape: Its shape.
+        file: The file that holds it, relative to the checkpoint's folder.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    file: str
+
+
+# torch's names for what safetensors abbreviates; `.bin` files have these.
+_SHORT = {
+    **{torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"},
+    **{torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"},
+    **{torch.int64: "I64", torch.bool: "BOOL"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
+
+
+def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], list[str]]:
+    """Read the header of every file that a checkpoint's index names.
+
+    Args:
+        index: mergekit's index of the checkpoint.
+
+    Returns:
+        The headers of all tensors that the index lists and its files hold, and a phrase for
+        every file that cannot be used: what is wrong with it, and what to do.
+    """
+    headers: dict[str, TensorHeader] = {}
+    faults = []
+    for shard in index.shards:
+        path = Path(index.base_path, shard.filename)
+        try:
+            held = _headers_of(path, shard.filename)
+        except _UnreadableError as error:
+            faults.append(str(error))
+            continue
+        lacking = [name for name in shard.contained_keys if name not in held]
+        if lacking:
+            faults.append(
+                f"{shard.filename} does not hold {listed(lacking)}, which the index says it does: "
+                "the index and the files are of two different models; get them from one place"
+            )
+        headers |= {name: held[name] for name in shard.contained_keys if name in held}
+    return headers, faults
+
+
+def why_unreadable(folder: Path) -> list[str]:
+    """Find the weight files of a folder that mergekit cannot open; a phrase for each."""
+    faults = []
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        path = folder / name
+        if os.path.lexists(path):
+            try:
+                _headers_of(path, name)
+            except _UnreadableError as error:
+                faults.append(str(error))
+    return faults
+
+
+class _UnreadableError(Exception):
+    """A file cannot be used; the message says why, and what to do."""
+
+
+def _headers_of(path: Path, name: str) -> Mapping[str, TensorHeader]:
+    again = "get the file again"
+    if not path.is_file():
+        raise _UnreadableError(f"{name} is missing; {again}")
+    with path.open("rb") as file:
+        if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
+            raise _UnreadableError(
+                f"{name} is only a Git LFS pointer to the weights; run `git lfs pull` there"
+            )
+    try:
+        return dict(_safetensors(path, name) if path.suffix == ".safetensors" else _bin(path, name))
+    except Exception as error:  # torch.load raises whatever a broken pickle makes it raise
+        kind = "safetensors" if isinstance(error, SafetensorError) else "weight"
+        raise _UnreadableError(
+            f"{name} is not a whole {kind} file ({one_line(error)}); it may have been cut short: "
+            f"{again}"
+        ) from error
+
+
+def _safetensors(path: Path, name: str) -> Iterator[tuple[str, TensorHeader]]:
+    # Opening compares the file's size with what its header asks for.
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (it is no mapping)
+            part = file.get_slice(key)
+            yield key, TensorHeader(part.get_dtype(), tuple(part.get_shape()), name)
+
+
+def _bin(path: Path, name: str) -> Iterator[tuple[str, TensorHeader]]:
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=True)
+    except RuntimeError:  # a file of torch before 1.6 cannot be mapped
+        state = torch.load(path, map_location="meta", weights_only=True)
+    for key, tensor in state.get("state_dict", state).items():
+        if isinstance(tensor, torch.Tensor):
+            dtype = _SHORT.get(tensor.dtype, str(tensor.dtype))
+            yield key, TensorHeader(dtype, tuple(tensor.shape), name)

@@ -1,0 +1,189 @@
+"""What every command finds out about a recipe's models before its work begins.
+
+`obim-saliency --check`, the pre-pass and the merge ask the same questions in the same words; they
+differ in what they do with the answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import huggingface_hub
+from mergekit.common import ModelReference
+from mergekit.config import MergeConfiguration
+from transformers import PretrainedConfig
+
+from mergekit_obim.errors import ObimError
+from mergekit_obim.models.completeness import completeness
+from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
+from mergekit_obim.models.quantised import quantised
+
+
+@dataclass
+class Opened:
+    """The models of a recipe, as far as they are on this machine.
+
+    Attributes:
+        models: Those that could be opened.
+        absent: Those whose weights are not here yet, and why.
+        findings: What is wrong with those that are here and could not be opened.
+    """
+
+    models: dict[ModelReference, OpenModel] = field(default_factory=dict)
+    absent: dict[ModelReference, str] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def readable(self) -> dict[ModelReference, OpenModel]:
+        """The open models whose files can all be read."""
+        return {reference: model for reference, model in self.models.items() if model.is_readable}
+
+
+def open_models(references: Collection[ModelReference], access: Access) -> Opened:
+    """Open the models that are on this machine; nothing is downloaded, and no adapter merged."""
+    opened = Opened()
+    for reference in sorted(references, key=str):
+        if reason := absent(reference, access):
+            opened.absent[reference] = reason
+            continue
+        try:
+            opened.models[reference] = open_model(reference, access)
+        except ObimError as error:
+            opened.findings.append(Finding("error", error.message))
+    return opened
+
+
+def inspect_absent(reference: ModelReference, access: Access) -> Iterator[Finding]:
+    """Look at the configuration of a model whose weights are not on this machine.
+
+    Raises:
+        CheckpointError: That cannot be read either.
+    """
+    yield from quantised(str(reference), open_config(reference, access), None)
+
+
+def absent(reference: ModelReference, access: Access) -> str:
+    """Say why a model's weights are not on this machine yet; empty if they are."""
+    if reference.lora:
+        if not access.lora_merge_cache:
+            return ""  # which opening tells as an error
+        identity = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+        merged = Path(access.lora_merge_cache) / identity
+        return "" if merged.exists() else "the adapter has not been merged into its model yet"
+    if Path(reference.model.path).exists():
+        return ""
+    try:
+        huggingface_hub.snapshot_download(
+            reference.model.path,
+            revision=reference.model.revision,
+            cache_dir=access.transformers_cache,
+            local_files_only=True,
+        )
+    except (OSError, ValueError):  # both of which the Hub's errors are
+        return "has not been downloaded yet"
+    return ""
+
+
+def is_aligned(config: MergeConfiguration) -> bool:
+    """Whether a recipe has mergekit bring the models' vocabularies into one order."""
+    return config.tokenizer is not None or config.tokenizer_source is not None
+
+
+def inspect_models(
+    models: Mapping[ModelReference, OpenModel],
+    base: ModelReference | None,
+    access: Access,
+    *,
+    aligned: bool,
+    merging: bool = True,
+    any_architecture: bool = False,
+) -> Iterator[Finding]:
+    """Look at each model by itself, and at each expert beside the base.
+
+    Args:
+        models: The models that are on this machine.
+        base: What the others were fine-tuned from, if the recipe has one for all.
+        access: How models are read.
+        aligned: Whether the recipe has mergekit align the vocabularies.
+        merging: Whether the merge is next, and not the pre-pass.
+        any_architecture: Whether different architectures may be mixed (``--allow-crimes``).
+    """
+    for reference, model in models.items():
+        yield from _inspect_alone(model, access, is_base=reference == base, merging=merging)
+    if base not in models or any_architecture:
+        return
+    assert base is not None
+    for reference, model in models.items():
+        if reference != base:
+            yield from _inspect_beside(model, models[base], aligned=aligned, merging=merging)
+
+
+def _inspect_alone(
+    model: OpenModel, access: Access, *, is_base: bool, merging: bool
+) -> Iterator[Finding]:
+    """Look at a model's files, its tensors' dtypes, and whether all of them are there."""
+    yield from model.findings()
+    found = list(quantised(model.label, model.config, model.headers))
+    yield from found
+    if not found:  # a quantised model's tensors have other names
+        yield from completeness(model, access, is_base=is_base, merging=merging)
+
+
+def _inspect_beside(
+    model: OpenModel, base: OpenModel, *, aligned: bool, merging: bool
+) -> Iterator[Finding]:
+    """Compare an expert with the base: of one architecture, and of the same shapes."""
+    own, wanted = ((m.config.architectures or ["?"])[0] for m in (model, base))
+    if own == wanted:
+        yield from _compare_shapes(model, base, aligned=aligned)
+    elif model.reference.override_architecture is None:
+        # The expert's saliency is the same, whichever base it is merged with later.
+        yield Finding(
+            "error" if merging else "warning",
+            f"model {model.label}: is a {own}, but the base {base.label} a {wanted}: experts have "
+            "to be fine-tunes of the base; leave it out, or merge it with its own base",
+        )
+
+
+def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iterator[Finding]:
+    shapes = {
+        name: (list(header.shape), list(base.headers[name].shape))
+        for name, header in model.headers.items()
+        if name in base.headers and header.shape != base.headers[name].shape
+    }
+    sizes = [_vocabulary(m.config) for m in (model, base)]
+    tokens = {n: both for n, both in shapes.items() if _differ_in_tokens(n, *both, sizes)}
+    if tokens and not aligned:
+        name = next((name for name in tokens if "embed" in name), next(iter(tokens)))
+        shape, base_shape = tokens[name]
+        yield Finding(
+            "error",
+            f"model {model.label}: has another vocabulary than the base {base.label}: {name} is "
+            f"{shape}, the base's {base_shape}; add `tokenizer: {{source: base}}` to the recipe, "
+            "or `{source: union}` to keep every model's tokens",
+        )
+    others = [name for name in shapes if name not in tokens]
+    if others:
+        shape, base_shape = shapes[others[0]]
+        more = f", and {len(others) - 1} more tensors differ" if others[1:] else ""
+        yield Finding(
+            "error",
+            f"model {model.label}: tensor {others[0]} is {shape}, but {base_shape} in the base "
+            f"{base.label}{more}: it is no fine-tune of this base; set base_model to its own",
+        )
+
+
+def _vocabulary(config: PretrainedConfig) -> int | None:
+    return getattr(config.get_text_config(), "vocab_size", None)
+
+
+def _differ_in_tokens(
+    name: str, own: list[int], wanted: list[int], sizes: list[int | None]
+) -> bool:
+    """Whether a tensor has a row for each token, and more or fewer rows than the base's."""
+    if own[1:] != wanted[1:] or not own:
+        return False
+    return [own[0], wanted[0]] == sizes or "embed" in name or "lm_head" in name

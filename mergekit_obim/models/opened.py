@@ -1,0 +1,240 @@
+"""Opening a model: its configuration and its checkpoint, as mergekit reads them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Protocol
+
+import torch
+from mergekit.common import ModelPath, ModelReference
+from mergekit.io import LazyTensorLoader
+from transformers import PretrainedConfig
+
+from mergekit_obim.errors import CheckpointError, ObimError, quoted
+from mergekit_obim.models.checkpoint import Skim, tensor_of
+from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
+from mergekit_obim.models.findings import Finding
+from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
+
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_SINGLE = ("model.safetensors", "pytorch_model.bin")
+
+
+class Access(Protocol):
+    """How models are read: the part of mergekit's options, and of ours, that says so."""
+
+    @property
+    def trust_remote_code(self) -> bool: ...
+    @property
+    def transformers_cache(self) -> str | None: ...
+    @property
+    def lora_merge_cache(self) -> str | None: ...
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model of a recipe with its checkpoint, of which nothing but headers has been read.
+
+    Attributes:
+        reference: The model as the recipe names it.
+        merged: Where its weights are: the same, or the folder with its adapter merged in.
+        config: Its configuration.
+        loader: mergekit's reader of its checkpoint.
+    """
+
+    reference: ModelReference
+    merged: ModelReference
+    config: PretrainedConfig
+    loader: LazyTensorLoader
+
+    @property
+    def label(self) -> str:
+        """The model's name in messages: what the recipe calls it."""
+        return str(self.reference)
+
+    @property
+    def folder(self) -> Path:
+        """The folder that mergekit reads the weights from."""
+        return Path(self.loader.index.base_path)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of all stored tensors."""
+        return list(self.loader.index.tensor_paths)
+
+    @property
+    def commit(self) -> str:
+        """Of a model in the Hub's cache, the commit, which its folder is named after; or empty."""
+        return self.folder.name if self.folder.parent.name == "snapshots" else ""
+
+    @property
+    def headers(self) -> dict[str, TensorHeader]:
+        """The dtype, shape and file of every stored tensor whose file can be read."""
+        return self._read[0]
+
+    @property
+    def is_readable(self) -> bool:
+        """Whether every file that the index names can be read."""
+        return not self._read[1]
+
+    @property
+    def unread(self) -> list[str]:
+        """The weight files in the folder that transformers would read and mergekit does not."""
+        # transformers applies an adapter that lies beside full weights.
+        found = list(_ADAPTER) if (self.folder / _ADAPTER[0]).exists() else []
+        # Where there are both, mergekit takes the index's shards, transformers the single file.
+        shards = {shard.filename for shard in self.loader.index.shards}
+        found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
+        return [name for name in found if (self.folder / name).exists()]
+
+    def load(self, name: str) -> torch.Tensor:
+        """Read a stored tensor, lazily where its file allows that.
+
+        Raises:
+            KeyError: There is none of that name.
+            CheckpointError: Its file cannot be read.
+        """
+        return tensor_of(self.loader, name)
+
+    def shape(self, name: str) -> torch.Size | None:
+        """The shape of a stored tensor, or None if there is none of that name."""
+        header = self.headers.get(name)
+        return torch.Size(header.shape) if header else None
+
+    def findings(self) -> Iterator[Finding]:
+        """What is wrong with the files, and which of them are left unread."""
+        for fault in self._read[1]:
+            yield Finding("error", f"model {self.label}: {fault}")
+        unread = self.unread
+        if unread:
+            adapter = unread[0] in _ADAPTER
+            yield Finding(
+                "warning",
+                f"model {self.label}: its folder holds "
+                + ("an adapter beside full weights" if adapter else "two sets of weights")
+                + f": {', '.join(unread)} will not be read, as mergekit does not merge "
+                + ("it" if len(unread) == 1 else "them")
+                + "; move "
+                + ("it" if len(unread) == 1 else "them")
+                + " out of the folder"
+                + (", or merge the adapter by writing MODEL+ADAPTER" if adapter else ""),
+            )
+
+    @contextmanager
+    def files_to_load(self) -> Iterator[ModelPath]:
+        """Give transformers the files that mergekit reads, and no others.
+
+        Yields:
+            Where to load from: the model itself, or a temporary folder of links to its files
+            where transformers would take others of them than mergekit does.
+
+        Raises:
+            CheckpointError: Links cannot be made here.
+        """
+        unread = self.unread
+        if not unread:
+            yield self.merged.model
+            return
+        with TemporaryDirectory(prefix="mergekit-obim-") as links:
+            try:
+                for path in self.folder.iterdir():
+                    if path.name not in unread:
+                        Path(links, path.name).symlink_to(path.resolve())
+            except OSError as error:  # Windows asks for a right to make links
+                raise CheckpointError(
+                    f"model {self.label}: {', '.join(unread)} must not be read: move "
+                    f"these files out of {self.folder} ({quoted(error)})"
+                ) from error
+            yield ModelPath(path=links)
+
+    def fingerprints(self) -> dict[str, Fingerprint]:
+        """Sample every stored floating-point weight."""
+        prints = {}
+        skim = Skim(self.loader)
+        for name in self.names:
+            tensor = skim.load(name)
+            if tensor.is_floating_point():
+                prints[name] = fingerprint(tensor)
+        skim.close()
+        return prints
+
+    def digest(self) -> str:
+        """The sha256 of all fingerprints, which tells one checkpoint from another."""
+        prints = self.fingerprints()
+        lines = "".join(f"{name} {prints[name].model_dump_json()}\n" for name in sorted(prints))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    @cached_property
+    def _read(self) -> tuple[dict[str, TensorHeader], list[str]]:
+        return read_headers(self.loader.index)
+
+    def _is_sharded(self, single: str) -> bool:
+        return (self.folder / f"{single}.index.json").exists()
+
+
+def open_model(reference: ModelReference, access: Access) -> OpenModel:
+    """Open a model of a recipe, merging its adapter into it first if it has one.
+
+    Raises:
+        CheckpointError: It cannot be read; the message names the file where one is to blame.
+    """
+    config = open_config(reference, access)
+    label = str(reference)
+    if reference.lora and not access.lora_merge_cache:
+        raise CheckpointError(
+            f"model {label}: an adapter has to be merged into its model first: give "
+            "--lora-merge-cache DIR, and the same to mergekit-yaml"
+        )
+    try:
+        merged = reference.merged(
+            cache_dir=access.lora_merge_cache, trust_remote_code=access.trust_remote_code
+        )
+        folder = Path(merged.local_path(cache_dir=access.transformers_cache))
+    except ObimError:
+        raise
+    except Exception as error:  # whatever transformers, peft, or the Hub raise
+        raise CheckpointError(f"model {label}: cannot be read: {quoted(error)}") from error
+    try:
+        loader = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
+    except Exception as error:  # safetensors, torch and json have kinds of their own
+        why = "; ".join(why_unreadable(folder)) or quoted(error)
+        raise CheckpointError(f"model {label}: cannot be read: {why}") from error
+    return OpenModel(reference, merged, config, loader)
+
+
+def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
+    """Read a model's configuration.
+
+    Raises:
+        CheckpointError: There is none, or it needs code that may not be run.
+    """
+    try:
+        return reference.config(trust_remote_code=access.trust_remote_code)
+    except Exception as error:
+        refuse_code(str(reference), "it", error)
+        if Path(reference.model.path, _ADAPTER[0]).is_file():
+            raise CheckpointError(
+                f"model {reference}: is an adapter without its model: write MODEL+{reference}"
+            ) from error
+        raise CheckpointError(
+            f"model {reference}: neither a model folder nor a model on the Hub: {quoted(error)}"
+        ) from error
+
+
+def refuse_code(label: str, what: str, error: Exception) -> None:
+    """Raise if transformers failed because it must not run code that comes with a model.
+
+    Raises:
+        CheckpointError: That is why it failed; the message says how to allow it.
+    """
+    if "trust_remote_code" in str(error):
+        raise CheckpointError(
+            f"model {label}: {what} comes with code of its own: if you trust that, give "
+            "--trust-remote-code, and the same to mergekit-yaml"
+        ) from error
