@@ -115,6 +115,34 @@ def test_files_that_cannot_be_read(
     says(refusal(commands.obim_kinship("--base", world.base, math, world.code)), name)
 
 
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (cut, "not a whole safetensors file"),
+        (pointer, "git lfs pull"),
+        (
+            lambda file: rewrite(
+                file.parent, lambda t: t.update({DOWN: t[DOWN].to(torch.float8_e4m3fn)})
+            ),
+            f"is quantised, which mergekit cannot merge (tensor {DOWN}",
+        ),
+    ],
+    ids=["cut", "pointer", "quantised"],
+)
+def test_mergekit_pytorch_is_told_too(
+    world: World, tmp_path: Path, math: Path, spoil: Callable[[Path], object], words: str
+) -> None:
+    file = math / "model.safetensors"
+    spoil(file)
+    recipe = {
+        "merge_method": "consensus_ta",
+        "base_model": str(world.base / "model.safetensors"),
+        "models": [{"model": str(file)}, {"model": str(world.code / "model.safetensors")}],
+    }
+    path = commands.write_recipe(tmp_path, recipe)
+    says(refusal(commands.mergekit_pytorch(path, tmp_path / "out")), f"model {file}", words)
+
+
 def test_the_other_faults_are_listed_too(world: World, tmp_path: Path, math: Path) -> None:
     pointer(math / "model.safetensors")
     models = world.recipe()["models"]

@@ -37,6 +37,7 @@ from mergekit.merge_methods.base import (
 
 from mergekit_obim.errors import ObimError, RecipeError
 from mergekit_obim.methods.parameters import PLANNED
+from mergekit_obim.methods.preflight import inspect_files
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
@@ -93,6 +94,9 @@ class PlannedMethod(GroupMergeMethod):
             )
         if len(input_ids) < 2:
             raise RecipeError(f"{self.spec.name} needs an expert beside the base {base_id}")
+        if group_name is None and all(isinstance(i, ModelReference) for i in input_ids):
+            # mergekit-pytorch, which opens the files next; mergekit-yaml's names have a group.
+            inspect_files([i.model.path for i in input_ids if isinstance(i, ModelReference)])
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]

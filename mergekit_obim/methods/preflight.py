@@ -68,6 +68,19 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         raise CheckpointError("; ".join(errors))
 
 
+def inspect_files(paths: Collection[str]) -> None:
+    """Refuse the weight files of a `mergekit-pytorch` recipe that cannot be merged.
+
+    Raises:
+        CheckpointError: Some cannot; the message names them all, and what to do.
+    """
+    from mergekit_obim.models.opened import inspect_file
+
+    errors = [finding.message for path in paths for finding in inspect_file(path)]
+    if errors:
+        raise CheckpointError("; ".join(errors))
+
+
 def _inspecting(original: Callable[..., Any], method_names: frozenset[str]) -> Callable[..., Any]:
     @functools.wraps(original)
     def get_architecture_info(config: Any, options: MergeOptions) -> Any:

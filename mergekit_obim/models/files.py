@@ -6,7 +6,6 @@ Nothing but headers is read here, so a whole checkpoint of hundreds of shards ta
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,12 +74,17 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
     return headers, faults
 
 
-def why_unreadable(folder: Path) -> list[str]:
-    """Find the weight files of a folder that mergekit cannot open; a phrase for each."""
+def why_unreadable(folder: Path, *names: str) -> list[str]:
+    """Say what is wrong with the weight files of a folder that mergekit cannot open.
+
+    Args:
+        folder: The folder.
+        names: The files to look at beside those that mergekit looks for itself.
+    """
     faults = []
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in ("model.safetensors", "pytorch_model.bin", *names):
         path = folder / name
-        if os.path.lexists(path):
+        if path.is_symlink() or path.is_file():
             try:
                 _headers_of(path, name)
             except _UnreadableError as error:

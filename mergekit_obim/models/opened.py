@@ -14,12 +14,14 @@ from typing import Protocol
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
+from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
 from mergekit_obim.errors import CheckpointError, ObimError, quoted
 from mergekit_obim.models.checkpoint import Skim, tensor_of
 from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
 from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.quantised import quantised
 from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -206,6 +208,29 @@ def open_model(reference: ModelReference, access: Access) -> OpenModel:
         why = "; ".join(why_unreadable(folder)) or quoted(error)
         raise CheckpointError(f"model {label}: cannot be read: {why}") from error
     return OpenModel(reference, merged, config, loader)
+
+
+def inspect_file(path: str) -> Iterator[Finding]:
+    """Look at a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
+
+    Args:
+        path: The file or folder; it is also the name to call it by.
+
+    Yields:
+        Errors: it cannot be read, or holds the codes of quantised weights.
+    """
+    try:
+        read = (
+            ShardedTensorIndex.from_file if Path(path).is_file() else ShardedTensorIndex.from_disk
+        )
+        headers, faults = read_headers(read(path))
+    except Exception as error:  # safetensors, torch and json have kinds of their own
+        place = Path(path)
+        found = why_unreadable(place.parent if place.is_file() else place, place.name)
+        headers, faults = {}, found or [f"cannot be read: {quoted(error)}"]
+    for fault in faults:
+        yield Finding("error", f"model {path}: {fault}")
+    yield from quantised(path, None, headers)
 
 
 def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:

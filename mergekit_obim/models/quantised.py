@@ -31,21 +31,20 @@ _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 
 
 def quantised(
-    label: str, config: PretrainedConfig, headers: Mapping[str, TensorHeader] | None
+    label: str, config: PretrainedConfig | None, headers: Mapping[str, TensorHeader] | None
 ) -> Iterator[Finding]:
     """Find what shows that a model is quantised, or that its configuration only says so.
 
     Args:
         label: What to call the model.
-        config: Its configuration.
+        config: Its configuration; None for bare weight files, which have none.
         headers: Its tensors; None if they are not on this machine, which leaves the configuration.
 
     Yields:
         One error at most.
     """
-    says = any(
-        getattr(part, "quantization_config", None) for part in (config, config.get_text_config())
-    )
+    parts = (config, config.get_text_config()) if config else ()
+    says = any(getattr(part, "quantization_config", None) for part in parts)
     found = next((n for n, header in (headers or {}).items() if _is_quantised(n, header)), None)
     if headers is None and says:
         what = "its config.json has a quantization_config"
