@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_obim import __version__
 from mergekit_obim.kernels.tally import Tally
-from mergekit_obim.kinship import measures
+from mergekit_obim.kinship.measures import pairwise
 from mergekit_obim.report.gather import Account, TensorTally, summed
 
 
@@ -65,7 +65,7 @@ def summarize(account: Account) -> dict[str, Any]:
             for (order, share), tally in account.curve.items()
         ],
         "densities": account.densities,
-        "kinship": measures(kinship),
+        "kinship": pairwise(kinship),
         "fallbacks": _fallbacks(account),
         "copied": account.copied,
         "calibration": account.calibration,
