@@ -45,14 +45,14 @@ ROOMS = {
     },
     "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
     "mergekit_obim.kinship": {
-        *("mergekit", "torch", "tqdm", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.models"),
+        *("mergekit", "torch", "tqdm", "yaml", "mergekit_obim.errors"),
+        *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.saliency"),
     },
-    "mergekit_obim.evolution": {"yaml", "mergekit_obim.errors", "mergekit_obim.saliency"},
     "mergekit_obim.report": {
-        *("matplotlib", "mergekit", "numpy", "torch", "mergekit_obim", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.kinship", "mergekit_obim.methods"),
-        *("mergekit_obim.models", "mergekit_obim.planned", "mergekit_obim.saliency"),
+        *("huggingface_hub", "jinja2", "matplotlib", "mergekit", "numpy", "torch", "yaml"),
+        *("mergekit_obim", "mergekit_obim.errors", "mergekit_obim.kernels"),
+        *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.models"),
+        *("mergekit_obim.planned", "mergekit_obim.saliency"),
     },
     # Asks both sides what they would say, so it stands above them.
     "mergekit_obim.check": {

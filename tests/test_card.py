@@ -8,13 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import save_file
 
 import checkpoints
 import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim import __version__
-from mergekit_obim.report.card import BEGIN, END
+from mergekit_obim.planned import read_config
+from mergekit_obim.report.card import BEGIN, END, hub_models
 
 
 @pytest.fixture(scope="session")
@@ -61,10 +63,10 @@ def owned(world: World, merged: Path) -> list[int]:
 
 
 def test_the_section_says_whose_the_weights_are(world: World, merged: Path) -> None:
-    before, files = read(merged), set(commands.contents(merged))
+    before, files = ModelCard(read(merged)), set(commands.contents(merged))
     succeed(commands.obim_card(merged))
     card = read(merged)
-    assert card.startswith(before.rstrip("\n"))
+    assert ModelCard(card).text.startswith(before.text.rstrip("\n"))
     assert set(commands.contents(merged)) == files
     section = card.partition(BEGIN)[2].partition(END)[0]
     says(section, "OBIM", __version__, "the base")
@@ -93,8 +95,42 @@ def test_again_it_replaces_the_section_and_keeps_what_others_wrote(
     card = read(merged)
     assert card.count(BEGIN) == card.count(END) == 1
     assert card.endswith("\n## Thanks\n")
-    assert "weights that are its" in once
-    assert "weights that are its" not in card
+    assert "Share of the weights" in once
+    assert "Share of the weights" not in card
+
+
+def test_the_metadata_gets_tags_and_data_sets_and_keeps_what_it_has(
+    world: World, merged: Path, tmp_path: Path
+) -> None:
+    sources = [{"data": "org/rows", "split": "train"}, {"data": "rows.jsonl"}]
+    path = tmp_path / "saliency.safetensors"
+    checkpoints.write_saliency_file(
+        path,
+        commands.entries(world.saliency_of(world.math)),
+        calibration=json.dumps({"sources": sources * 2}),
+    )
+    models = unequal(world)
+    models[0]["parameters"] = {"saliency": str(path)}
+    recipe = commands.write_recipe(tmp_path, world.recipe(models=models))
+    metadata = "license: mit\nbase_model: org/first\ntags: [mine, merge]\nown: 3\n"
+    (merged / "README.md").write_text(f"---\n{metadata}---\n# Mine\n", encoding="utf-8")
+    for _ in range(2):
+        succeed(commands.obim_card(merged, "--recipe", recipe, "--no-shares"))
+        card = ModelCard(read(merged))
+        assert card.data.to_dict() == {
+            "license": "mit",
+            "base_model": "org/first",
+            "tags": ["mine", "merge", "mergekit", "obim"],
+            "own": 3,
+            "datasets": ["org/rows"],
+        }
+        assert card.text.startswith("# Mine\n\n" + BEGIN)
+
+
+def test_models_on_the_hub_are_its_base_models(world: World) -> None:
+    models = [{"model": "org/math@v1+org/lora"}, {"model": str(world.code)}, {"model": "./gone"}]
+    config = read_config(world.recipe(base_model="org/base", models=models))
+    assert hub_models(config) == ["org/base", "org/lora", "org/math"]
 
 
 def test_a_card_is_made_where_mergekit_wrote_none(world: World, merged: Path) -> None:
@@ -113,7 +149,7 @@ def test_methods_without_owners_have_a_section_without_shares(world: World, tmp_
     succeed(commands.obim_card(tmp_path / "model"))
     card = read(tmp_path / "model")
     says(card, "TIES + OBM", BEGIN, world.saliency_of(world.math).name)
-    assert "weights that are its" not in card
+    assert "Share of the weights" not in card
 
 
 def test_a_model_that_the_recipe_does_not_make_any_more(merged: Path) -> None:
@@ -133,6 +169,8 @@ def test_other_faults(world: World, merged: Path, tmp_path: Path) -> None:
     says(refusal(commands.obim_card(merged, "--recipe", path)), "linear", "nothing to add")
     (merged / "README.md").write_text(f"{BEGIN}\nhalf", encoding="utf-8")
     says(refusal(commands.obim_card(merged, "--no-shares")), END, "by hand")
+    (merged / "README.md").write_text("---\n- a list\n---\n", encoding="utf-8")
+    says(refusal(commands.obim_card(merged, "--no-shares")), "README.md", "cannot be read")
     recipe["models"] = [{"model": str(tmp_path / "gone")}]
     recipe["merge_method"] = "obim"
     path = commands.write_recipe(tmp_path, recipe)

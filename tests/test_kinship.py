@@ -17,8 +17,9 @@ import checkpoints
 import commands
 from checkpoints import Tensors
 from commands import refusal, says, succeed
-from mergekit_obim import kinship
-from mergekit_obim.evolution import Evolution, next_generation
+from mergekit_obim.kinship import measures
+from mergekit_obim.kinship.planner import Evolution, next_generation
+from mergekit_obim.models import checkpoint
 
 NAMES = ("math", "code", "chat")
 
@@ -61,7 +62,7 @@ def models(family: Path) -> list[str]:
 
 
 def test_the_matrices(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kinship, "_OPEN_BYTES", 10_000)  # files are let go of on the way
+    monkeypatch.setattr(checkpoint, "_MAPPED_BYTES", 10_000)  # files are let go of on the way
     out = tmp_path / "kinship.json"
     options = ("--base", family / "base", "--quiet", "--layers", "-o", out)
     output = succeed(commands.obim_kinship(*models(family), *options)).stdout
@@ -80,6 +81,26 @@ def test_the_matrices(family: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     printed = commands.obim_kinship(*models(family), "--base", family / "base", "--quiet", "--json")
     found.pop("layers")
     assert json.loads(succeed(printed).stdout) == found
+
+
+def test_it_computes_on_one_thread_and_then_gives_the_others_back(
+    family: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = set()
+    moments = measures.moments
+
+    def watched(*args: Any) -> Any:
+        seen.add(torch.get_num_threads())
+        return moments(*args)
+
+    monkeypatch.setattr(measures, "moments", watched)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        succeed(commands.obim_kinship(*models(family), "--base", family / "base", "--quiet"))
+        assert (seen, torch.get_num_threads()) == ({1}, 2)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_cannot_be_compared_is_named(family: Path, tmp_path: Path) -> None:
@@ -200,7 +221,7 @@ def test_a_whole_plan_with_real_merges(family: Path, tmp_path: Path) -> None:
         return -sum(float((tensors[n].double() - target[n]).square().sum()) for n in target)
 
     generations = 0
-    while "It ends" not in output:
+    while "Finished" not in output:
         state = json.loads((folder / "plan.json").read_text())
         for name in state["parents"]:
             recipe = yaml.safe_load((folder / f"{name}.yml").read_text())

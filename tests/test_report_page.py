@@ -6,6 +6,7 @@ What a browser makes of it is tested with Chromium, and skipped only where there
 from __future__ import annotations
 
 import html
+import importlib.resources
 import json
 import re
 import shutil
@@ -94,8 +95,8 @@ def test_every_chart_has_its_text_and_its_numbers(page: Path) -> None:
     figures = re.findall(r"<figure>(.*?)</figure>", text, re.DOTALL)
     assert len(figures) == 3 + 1 + 3 + 4 + 1
     for figure in figures:
-        assert re.search(r"<svg[^>]* aria-hidden=\"true\"", figure)
-        assert len(re.search(r"<figcaption>(.*?)</figcaption>", figure)[1]) > 20  # type: ignore[index]
+        assert re.search(r"<div aria-hidden=\"true\"><svg", figure)
+        assert len(re.search(r"<figcaption>(.*?)</figcaption>", figure, re.DOTALL)[1]) > 20  # type: ignore[index]
         assert re.search(r"<summary>Numbers</summary>.*<table>.*<td>", figure, re.DOTALL)
     assert outline(page).open == []
     ids = re.findall(r" id=\"([^\"]*)\"", text)
@@ -105,6 +106,18 @@ def test_every_chart_has_its_text_and_its_numbers(page: Path) -> None:
     levels = [int(tag[1]) for tag, _ in outline(page).tags if re.fullmatch(r"h\d", tag)]
     assert levels[0] == 1
     assert set(levels[1:]) == {2}
+
+
+def test_no_word_in_a_chart_is_cut(page: Path) -> None:
+    charts = "".join(re.findall(r"<svg.*?</svg>", page.read_text(encoding="utf-8"), re.DOTALL))
+    assert "…" not in charts
+    for words in ("overwritten by others", "dropped to the base", "post_attention_layernorm"):
+        assert f">{words}</text>" in charts
+
+
+def test_the_template_is_part_of_the_package() -> None:
+    template = importlib.resources.files("mergekit_obim.report") / "page.html.jinja"
+    assert "<!DOCTYPE html>" in template.read_text(encoding="utf-8")
 
 
 def test_names_are_escaped(page: Path) -> None:

@@ -1,32 +1,46 @@
-"""``obim-kinship``: how alike models are, and which of them to merge next."""
+"""``obim-kinship``: how similar models are, and which of them to merge next."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_obim.commands.report import FILE, merging_options, start
+from mergekit_obim.commands.options import (
+    FILE,
+    NEW_FILE,
+    NEW_FOLDER,
+    GroupedHelp,
+    merge_options,
+    shared_options,
+)
 from mergekit_obim.commands.saliency import read_recipe
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
 
-    from mergekit_obim.evolution import Evolution
+    from mergekit_obim.kinship.planner import Evolution
 
 
-@click.command("obim-kinship")
+@click.command(
+    "obim-kinship",
+    cls=GroupedHelp,
+    groups={
+        "Input": ("base",),
+        "Output": ("output", "as_json", "layers"),
+        "Plan": ("plan", "top_k", "recipe"),
+    },
+)
 @click.argument("models", nargs=-1, metavar="MODEL...")
-@click.option("--base", help="What the models were fine-tuned from")
-@click.option("--layers", is_flag=True, help="Also for each layer, in the JSON")
-@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="JSON file")
-@click.option("--json", "as_json", is_flag=True, help="Print the JSON, for machines")
+@click.option("--base", help="The model that they were fine-tuned from")
+@click.option("-o", "--output", type=NEW_FILE, help="Also write the measures to this JSON file")
+@click.option("--json", "as_json", is_flag=True, help="Print the measures as JSON, for machines")
+@click.option("--layers", is_flag=True, help="Add each layer's measures to the JSON")
 @click.option(
-    "--plan",
-    type=click.Path(file_okay=False, path_type=Path),
-    help="Plan the next generation of merges in this folder, instead",
+    "--plan", type=NEW_FOLDER, help="Plan the next generation of merges in this folder, instead"
 )
 @click.option(
     "--top-k",
@@ -38,7 +52,7 @@ if TYPE_CHECKING:
     type=FILE,
     help="With --plan: a recipe without models and base, for every merge  [default: slerp]",
 )
-@merging_options
+@shared_options
 def kinship(
     models: tuple[str, ...],
     base: str | None,
@@ -50,7 +64,7 @@ def kinship(
     recipe: Path | None,
     **options: Any,
 ) -> None:
-    """Measure how alike MODELs are as fine-tunes of one base.
+    """Measure how similar MODELs are as fine-tunes of one base.
 
     Prints Pearson's correlation, cosine and Euclidean distance of their task vectors. With
     --plan DIR it plans merges instead, generation by generation, from scores that you fill in.
@@ -60,14 +74,14 @@ def kinship(
             raise click.UsageError("--top-k and --recipe do nothing without --plan")
         if not (models and base):
             raise click.UsageError("name two or more MODELs, and --base")
-        _measure(models, base, layers, output, as_json, start(options))
+        _measure(models, base, layers, output, as_json, merge_options(options))
         return
     if layers or output or as_json:
         raise click.UsageError("--layers, --output and --json do nothing with --plan")
     known = (plan / "plan.json").exists()
     if known and (models or base or top_k or recipe):
-        raise click.UsageError(f"{plan} has a plan already: --plan {plan} alone goes on with it")
-    _plan(plan, None if known else _begin(models, base, top_k, recipe), start(options))
+        raise click.UsageError(f"{plan} has a plan already: --plan {plan} alone continues it")
+    _plan(plan, None if known else _begin(models, base, top_k, recipe), merge_options(options))
 
 
 def _measure(
@@ -78,20 +92,14 @@ def _measure(
     as_json: bool,
     options: MergeOptions,
 ) -> None:
-    import json
-
-    from mergekit_obim.kinship import measure
-    from mergekit_obim.saliency.file import atomic_write
+    from mergekit_obim.kinship.measures import measure
+    from mergekit_obim.saliency.file import write_text
 
     measured = measure(models, base, options)
     found = measured.to_dict(layers=layers)
     text = json.dumps(found, indent=1)
     if output:
-        try:
-            with atomic_write(output) as file:
-                file.write(text.encode() + b"\n")
-        except OSError as error:
-            raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
+        write_text(output, text + "\n")
     for name, reason in list(found["skipped"].items())[:5]:
         click.echo(f"Warning: tensor {name} was left out: {reason}", err=True)
     if len(found["skipped"]) > 5:
@@ -122,27 +130,27 @@ def _tables(found: dict[str, Any]) -> list[str]:
 def _begin(
     models: tuple[str, ...], base: str | None, top_k: int | None, recipe: Path | None
 ) -> Evolution:
-    from mergekit_obim.evolution import DEFAULT_TEMPLATE, Evolution
+    from mergekit_obim.kinship.planner import DEFAULT_TEMPLATE, Evolution
 
     if len(set(models)) < 2 or not base:
-        raise click.UsageError("--plan begins with two or more MODELs and --base")
+        raise click.UsageError("a new plan needs two or more MODELs, and --base")
     template = dict(read_recipe(recipe)) if recipe else DEFAULT_TEMPLATE
     extra = [key for key in ("models", "base_model", "slices", "modules") if key in template]
     if extra or "merge_method" not in template:
         raise RecipeError(
             f"{recipe}: should have a merge_method and no {extra[0] if extra else 'models'}: the "
-            "plan puts in the models of each merge, and the base"
+            "plan adds each merge's models and base"
         )
     return Evolution(base, top_k or 3, template, {model: model for model in models})
 
 
 def _plan(folder: Path, evolution: Evolution | None, options: MergeOptions) -> None:
-    from mergekit_obim import evolution as evolving
-    from mergekit_obim.kinship import matrix, measure
+    from mergekit_obim.kinship import planner
+    from mergekit_obim.kinship.measures import matrix, measure
 
-    evolution = evolution or evolving.read(folder)
-    scores = evolving.read_scores(folder, evolution)
-    waiting = evolving.unscored(evolution, scores)
+    evolution = evolution or planner.read(folder)
+    scores = planner.read_scores(folder, evolution)
+    waiting = planner.unscored(evolution, scores)
     if not waiting and not evolution.done:
 
         def similarity(name: str, others: list[str]) -> list[float | None]:
@@ -151,13 +159,13 @@ def _plan(folder: Path, evolution: Evolution | None, options: MergeOptions) -> N
             found = measure(paths, evolution.base, options)
             return matrix(found.total.pearson())[0][1:]
 
-        evolving.next_generation(evolution, scores, folder, similarity)
-        waiting = evolving.unscored(evolution, scores)
-    evolving.write(folder, evolution, scores)
+        planner.next_generation(evolution, scores, folder, similarity)
+        waiting = planner.unscored(evolution, scores)
+    planner.write(folder, evolution, scores)
     if evolution.done:
         best = evolution.tops[-1][0]
         click.echo(
-            f"It ends: {evolution.done}. The best is {best}, {scores[best]:g}: "
+            f"Finished: {evolution.done}. The best is {best}, with a score of {scores[best]:g}: "
             f"{evolution.models[best]}"
         )
         return
@@ -166,4 +174,4 @@ def _plan(folder: Path, evolution: Evolution | None, options: MergeOptions) -> N
             kin = evolution.kin.get(name)
             why = f"   # explores: correlation {kin:.3f}" if kin is not None else ""
             click.echo(f"mergekit-yaml {folder / name}.yml {evolution.models[name]}{why}")
-    click.echo(f"Then fill in {folder / 'scores.yml'}, and run obim-kinship --plan {folder}")
+    click.echo(f"Fill in {folder / 'scores.yml'}, then run obim-kinship --plan {folder}")

@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mergekit_obim import __version__
+from mergekit_obim.commands.options import (
+    FILE,
+    NEW_FOLDER,
+    GroupedHelp,
+    shared_options,
+    start_logging,
+)
 from mergekit_obim.errors import CheckpointError, RecipeError, one_line
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
@@ -30,31 +36,6 @@ if TYPE_CHECKING:
     ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
 else:
     ParamType = click.ParamType
-
-_GROUPS = {
-    "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
-    "Output": ("dense", "overwrite", "quiet", "verbosity"),
-    "Check": ("check", "as_json"),
-    "Hardware": ("device", "device_map", "max_memory"),
-    "Storage": ("transformers_cache", "lora_merge_cache"),
-    "Dangerous Options": ("trust_remote_code",),
-}
-
-
-class GroupedHelp(click.Command):
-    """Help in groups, in mergekit-yaml's manner."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        params = {param.name: param for param in self.get_params(ctx)}
-        groups = {
-            **_GROUPS,
-            "Other": [name for name in params if all(name not in g for g in _GROUPS.values())],
-        }
-        for title, names in groups.items():
-            records = [params[name].get_help_record(ctx) for name in names]
-            if any(records):
-                with formatter.section(title):
-                    formatter.write_dl([record for record in records if record])
 
 
 class BatchSize(ParamType):
@@ -93,11 +74,18 @@ class DeviceMemory(ParamType):
         )
 
 
-@click.command("obim-saliency", cls=GroupedHelp)
-@click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument(
-    "out_dir", type=click.Path(file_okay=False, path_type=Path), required=False, metavar="OUT_DIR"
+@click.command(
+    "obim-saliency",
+    cls=GroupedHelp,
+    groups={
+        "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
+        "Output": ("dense", "overwrite"),
+        "Check": ("check", "as_json"),
+        "Hardware": ("device", "device_map", "max_memory"),
+    },
 )
+@click.argument("config", type=FILE)
+@click.argument("out_dir", type=NEW_FOLDER, required=False, metavar="OUT_DIR")
 @click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
@@ -125,8 +113,6 @@ class DeviceMemory(ParamType):
     "pre-pass; without, before the merge",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
-@click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
-@click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
 @click.option(
     "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
 )
@@ -136,12 +122,7 @@ class DeviceMemory(ParamType):
 @click.option(
     "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
 )
-@click.option("--transformers-cache", help="Override storage path for downloaded models")
-@click.option("--lora-merge-cache", help="Path to store merged LORA models")
-@click.option(
-    "--trust-remote-code", is_flag=True, help="Trust remote code from huggingface repos (danger)"
-)
-@click.version_option(__version__)
+@shared_options
 def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **options: Any) -> None:
     """Measure the saliency of every expert in a merge recipe.
 
@@ -154,8 +135,7 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
         raise click.UsageError("--json does nothing without --check")
     if out_dir is None and not check:
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
-    level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
-    logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
+    start_logging(options.pop("verbosity"))
     if check:
         _check(config, out_dir, as_json, options)
     elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read

@@ -1,12 +1,15 @@
-"""A section on the merge in the merged model's card, README.md."""
+"""A merged model's card, README.md: a section on the merge, and the metadata at its head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mergekit.card import generate_card, maybe_link_hf, method_md
+import yaml
+from huggingface_hub import ModelCard
+from mergekit import merge_methods
+from mergekit.card import generate_card, is_hf, maybe_link_hf, method_md
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
@@ -14,8 +17,8 @@ from mergekit_obim import __version__
 from mergekit_obim.errors import RecipeError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.planned import plan
-from mergekit_obim.report.gather import Account, calibration_of, experts_of, gather
-from mergekit_obim.saliency.file import atomic_write
+from mergekit_obim.report.gather import Account, calibration_of, gather, planned_experts
+from mergekit_obim.saliency.file import write_text
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 
@@ -23,45 +26,77 @@ BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 def write_section(
     folder: Path, config: MergeConfiguration, source: str, options: MergeOptions, *, shares: bool
 ) -> Path:
-    """Put the section into the card, in place of the one that is there; all else stays.
+    """Write the section on the merge into a model's card, and add to the card's metadata.
+
+    A section that is there already is replaced. Nothing else is changed or removed.
 
     Args:
-        folder: The merged model's.
-        config: The recipe that it was made from.
-        source: The recipe's text, for a card that has to be made.
-        options: mergekit's.
+        folder: The merged model's folder.
+        config: The recipe that the model was made from.
+        source: The recipe's text, for a card that has to be made first.
+        options: mergekit's options, which say how models are read.
         shares: Whether to count each expert's weights, which takes about as long as the merge.
 
     Returns:
-        The card.
+        The card's path.
 
     Raises:
-        ObimError: The recipe cannot be read any more, or the model is not what it makes.
+        ObimError: The recipe can no longer be merged, the model is not what the recipe makes, or
+            the card cannot be read or written.
     """
-    section = f"{BEGIN}\n{_section(folder, config, options, shares)}\n{END}\n"
+    section, calibration = _section(folder, config, options, shares)
     path = folder / "README.md"
     try:
-        card = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
+        if path.exists():
+            card = ModelCard.load(path)
+        else:
+            card = ModelCard(generate_card(config, source.rstrip(), name=folder.resolve().name))
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
-    if not card:
-        card = generate_card(config, source.rstrip(), name=folder.resolve().name)
-    before, begin, rest = card.partition(BEGIN)
+    before, begin, rest = card.text.partition(BEGIN)
     if begin and END not in rest:
         raise RecipeError(f"{path}: has {BEGIN} without {END}; remove that section by hand")
-    after = rest.partition(END)[2].lstrip("\n") if begin else ""
-    text = before.rstrip("\n") + "\n\n" + section + (f"\n{after}" if after else "")
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
+    after = rest.partition(END)[2].lstrip() if begin else ""
+    card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n" + (after and f"\n{after}")
+    data = card.data
+    data.tags = _with(data.tags, ["mergekit", "merge", config.merge_method])
+    data.base_model = _with(data.base_model, hub_models(config))
+    data.datasets = _with(data.datasets, hub_data_sets(calibration))
+    write_text(path, str(card))
     return path
 
 
-def _section(folder: Path, config: MergeConfiguration, options: MergeOptions, shares: bool) -> str:
-    from mergekit import merge_methods
+def _with(there: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
+    """Return what a metadata field holds, with the names added to it that it lacks."""
+    found = [there] if isinstance(there, str) else there or []
+    new = [name for name in dict.fromkeys(names) if name not in found]
+    return [*found, *new] if new else there
 
+
+def hub_models(config: MergeConfiguration) -> list[str]:
+    """Return the names of the models in a recipe that are on the Hugging Face Hub, sorted."""
+    # mergekit gives the models in an order that changes from one process to the next.
+    parts = [part for model in config.referenced_models() for part in (model.model, model.lora)]
+    return sorted({part.path for part in parts if part and _is_hub_name(part.path)})
+
+
+def hub_data_sets(calibration: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the data sets on the Hub that saliency files were measured on."""
+    sources = [s for file in calibration.values() for s in file["calibration"].get("sources", [])]
+    # Data that is read from a file has no split.
+    return [s["data"] for s in sources if s.get("split") and _is_hub_name(s["data"])]
+
+
+def _is_hub_name(name: str) -> bool:
+    """Return whether this is a name on the Hub, as far as can be told without asking the Hub."""
+    # mergekit would ask, about paths that exist here.
+    return not name.startswith(".") and not Path(name).exists() and is_hf(name)
+
+
+def _section(
+    folder: Path, config: MergeConfiguration, options: MergeOptions, shares: bool
+) -> tuple[str, dict[str, dict[str, Any]]]:
+    """Return the section's text, and by expert what its saliency file says of itself."""
     method = merge_methods.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         raise RecipeError(
@@ -81,66 +116,74 @@ def _section(folder: Path, config: MergeConfiguration, options: MergeOptions, sh
         experts, calibration = account.experts, account.calibration
     else:
         planned = plan(config, options)
-        experts = [str(expert) for expert in experts_of(planned)]
+        experts = [str(expert) for expert in planned_experts(planned)]
         calibration = calibration_of(planned)
     lines = [
         "## How the experts were merged",
         "",
-        f"By {method_md(config.merge_method)}, with mergekit-obim {__version__}"
+        f"Merged with {method_md(config.merge_method)}, by mergekit-obim {__version__}"
         + _settings(config.parameters or {}),
         "",
+        *_table(experts, calibration, account),
+        *(_notes(account) if account else []),
     ]
-    return "\n".join([*lines, *_table(experts, calibration, account), *_notes(account)])
+    return "\n".join(lines), calibration
 
 
 def _settings(parameters: Mapping[str, Any]) -> str:
     told = [f"`{name}: {value}`" for name, value in parameters.items() if name != "saliency"]
-    return (": " + ", ".join(told) if told else "") + "."
+    return (", with " + ", ".join(told) if told else "") + "."
 
 
 def _table(
     experts: Sequence[str], calibration: Mapping[str, Mapping[str, Any]], account: Account | None
 ) -> list[str]:
-    head = ["expert", "weights that are its", "measured on", "saliency file"]
+    head = ["Model", "Share of the weights", "Saliency measured on", "Saliency file"]
     rows = []
     owned = account.total().owned if account else None
     for k, expert in enumerate(experts):
         file = calibration.get(expert)
         share = f"{owned[k] / owned.sum():.2%}" if owned is not None else ""
-        name = Path(file["file"]).name if file else "none"
-        rows.append([maybe_link(expert), share, measured_on(file), f"`{name}`"])
+        name = f"`{Path(file['file']).name}`" if file else "none"
+        rows.append(
+            [
+                maybe_link_hf(expert) if _is_hub_name(expert) else expert,
+                share,
+                measured_on(file, "`"),
+                name,
+            ]
+        )
     if owned is not None:
         rows.append(["the base", f"{owned[-1] / owned.sum():.2%}", "", ""])
-    if owned is None:
+    else:
         head, rows = [head[0], *head[2:]], [[row[0], *row[2:]] for row in rows]
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
 
 
-def maybe_link(reference: str) -> str:
-    """A model on the Hub as a link, as mergekit's own card has it."""
-    # mergekit asks the Hub about local folders too.
-    return reference if Path(reference).exists() else maybe_link_hf(reference)
+def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
+    """Return what a saliency file was measured on, in a few words.
 
-
-def measured_on(file: Mapping[str, Any] | None) -> str:
-    """What a saliency file says of its calibration, in a few words."""
+    Args:
+        file: What the file says of itself; None for an expert that has no file.
+        quote: What to put before and after the name of each data source.
+    """
     if file is None:
-        return "nothing: ranked without saliency"
+        return "none: not ranked by saliency"
     record = file["calibration"]
     if not record.get("sources"):
-        return "not said by the file"
-    sources = ", ".join(f"`{source.get('data', '?')}`" for source in record["sources"])
+        return "not recorded in the file"
+    sources = ", ".join(f"{quote}{s.get('data', '?')}{quote}" for s in record["sources"])
     return f"{sources}: {record.get('samples', 0):,} rows, {record.get('tokens', 0):,} tokens"
 
 
-def _notes(account: Account | None) -> list[str]:
-    if account is None:
-        return []
-    lines = []
-    unmeasured: dict[str, int] = {}
+def _notes(account: Account) -> list[str]:
+    """Return a line for each other way in which tensors were ranked, and how many they are."""
+    counts: dict[str, int] = {}
     for tensor in account.tensors:
-        for kind in {kind for kind in tensor.ranked if kind != "saliency"}:
-            unmeasured[str(kind or "nothing")] = unmeasured.get(str(kind or "nothing"), 0) + 1
-    for kind, count in unmeasured.items():
-        lines += ["", f"{count} tensors were ranked by {kind}, not by saliency."]
+        for kind in {kind or "nothing" for kind in tensor.ranked if kind != "saliency"}:
+            counts[kind] = counts.get(kind, 0) + 1
+    lines = []
+    for kind, count in counts.items():
+        how = "left at the base's values" if kind == "nothing" else f"ranked by {kind}"
+        lines += ["", f"Without saliency, {count} tensors were {how}, for one or more experts."]
     return lines

@@ -1,14 +1,13 @@
-"""The charts, as SVG that fits a phone and takes its ink from the page.
+"""The report's charts, as SVG that scales to a phone's width and adapts to light and dark pages.
 
-Each is drawn 3.6 inches wide, so that at a phone's width letters keep their size. What is drawn
-in the one colour `_INK` becomes the text colour of the page, light or dark.
+Each function returns one ``<svg>`` element. Its ``name`` makes every id in it unique, so that
+charts with different names can share a page. Charts have no titles, for the page has them.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,24 +16,28 @@ import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+# A colour that no chart uses otherwise: what is drawn in it takes the page's text colour.
 _INK = "#010203"
+# Inches. The page shows a chart at about this width on a phone, so that letters keep their size.
 _WIDTH = 3.6
-# Told apart by people with any kind of colour vision, on white and on black; the base is grey.
+# Distinguishable with any kind of colour vision, on white and on black; the base is grey.
 COLOURS = ("#0077bb", "#d55e00", "#009e73", "#cc79a7", "#7a6ff0", "#999900", "#a05a2c", "#33a0c0")
 GREY = "#888888"
+_HATCHES = ("", "////", "----", "xxxx")
+_LINES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vP*X"
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text
-    "svg.hashsalt": "mergekit-obim",  # the same figure, the same file
+    "svg.fonttype": "none",  # text stays text, in the page's font
     "font.size": 8,
     "font.family": "sans-serif",
     "text.color": _INK,
     "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
     "axes.facecolor": "none",
+    "axes.labelcolor": _INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.facecolor": "none",
+    "hatch.linewidth": 0.6,
     "legend.frameon": False,
     "legend.fontsize": 7,
     "xtick.color": _INK,
@@ -43,158 +46,172 @@ _STYLE: dict[Any, Any] = {
 
 
 def colour_of(owner: int, experts: int) -> str:
-    """An expert's colour, or the base's."""
+    """Return the colour of an expert, by its index; ``owner == experts`` is the base."""
     return GREY if owner == experts else COLOURS[owner % len(COLOURS)]
 
 
+@mpl.rc_context(_STYLE)
 def heat_map(
-    title: str, places: Sequence[str], kinds: Sequence[str], values: np.ndarray, highest: float
+    name: str, places: Sequence[str], kinds: Sequence[str], values: np.ndarray, highest: float
 ) -> str:
-    """Shares by kind (down) and place (across); values [kinds, places], NaN for what is not."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 0.9 + 0.17 * len(kinds)), layout="constrained")
-        axes = figure.subplots()
-        mesh = axes.pcolormesh(
-            np.ma.masked_invalid(values), vmin=0, vmax=highest or 1, cmap="viridis",
-            edgecolor="face", linewidth=0.2,
-        )  # fmt: skip
-        axes.invert_yaxis()
-        axes.set_yticks(np.arange(len(kinds)) + 0.5, [_clip(k, 26) for k in kinds], fontsize=7)
-        _mark_places(axes, places, offset=0.5)
-        _title(figure, title)
-        bar = figure.colorbar(mesh, ax=axes, format=lambda x, _: f"{x:.0%}", pad=0.02, aspect=30)
-        bar.outline.set_visible(False)
-        return _svg(figure)
+    """Draw shares by kind of tensor (down) and place in the model (across).
+
+    Args:
+        name: The chart's own name on the page.
+        places: Labels of the columns.
+        kinds: Labels of the rows.
+        values: The shares, [kinds, places]; NaN where there is no such tensor.
+        highest: The share at the top of the colour scale, for charts to be comparable.
+    """
+    labels = [_wrapped(kind, 28) for kind in kinds]
+    lines = max(label.count("\n") for label in labels) + 1
+    figure, axes = _axes(0.7 + 0.17 * lines * len(kinds))
+    mesh = axes.pcolormesh(
+        np.ma.masked_invalid(values), vmin=0, vmax=highest or 1, cmap="viridis",
+        edgecolor="face", linewidth=0.2,
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(len(kinds)) + 0.5, labels, fontsize=7)
+    _mark_places(axes, places, offset=0.5)
+    bar = figure.colorbar(mesh, ax=axes, format=_percent, pad=0.02, aspect=30)
+    bar.outline.set_visible(False)
+    return _svg(figure, name)
 
 
+@mpl.rc_context(_STYLE)
 def stacked(
-    title: str,
+    name: str,
     places: Sequence[str],
     parts: Sequence[tuple[str, str, Sequence[float]]],
     line: tuple[str, Sequence[float]] | None = None,
 ) -> str:
-    """Parts (name, colour, values) on top of each other, by place, and a line over them."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 2.3), layout="constrained")
-        axes = figure.subplots()
-        below = np.zeros(len(places))
-        x = np.arange(len(places))
-        for number, (name, colour, heights) in enumerate(parts):
-            axes.bar(
-                x, heights, 0.9, below, color=colour, label=_clip(name),
-                hatch=("", "////", "....", "xxxx")[number % 4], edgecolor="none", linewidth=0,
-            )  # fmt: skip
-            below += np.asarray(heights)
-        if line:
-            axes.plot(x, line[1], color=_INK, marker="o", markersize=2.5, lw=1, label=line[0])
-        _mark_places(axes, places)
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylim(bottom=0)
-        _title(figure, title)
-        _legend(figure, axes)
-        return _svg(figure)
+    """Draw shares on top of each other at each place in the model, and a line over them.
+
+    Args:
+        name: The chart's own name on the page.
+        places: Labels of the bars.
+        parts: A label, a colour and a share for each place, from the bottom up.
+        line: A label and a share for each place.
+    """
+    figure, axes = _axes(2.1)
+    below = np.zeros(len(places))
+    x = np.arange(len(places))
+    for number, (label, colour, heights) in enumerate(parts):
+        axes.bar(
+            x, heights, 0.9, below, color=colour, label=label,
+            hatch=_HATCHES[number % len(_HATCHES)], edgecolor=_INK, linewidth=0,
+        )  # fmt: skip
+        below += np.asarray(heights)
+    if line:
+        axes.plot(x, line[1], color=_INK, marker="o", markersize=2.5, lw=1, label=line[0])
+    _mark_places(axes, places)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_ylim(bottom=0)
+    _legend(figure, axes)
+    return _svg(figure, name)
 
 
+@mpl.rc_context(_STYLE)
 def lines(
-    title: str,
+    name: str,
     x: Sequence[float],
     curves: Sequence[tuple[str, Sequence[float]]],
     labels: tuple[str, str],
-    now: float | None,
+    now: float,
 ) -> str:
-    """Curves (name, values) over x, and a mark at where the recipe is."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 2.4), layout="constrained")
-        axes = figure.subplots()
-        for number, (name, y) in enumerate(curves):
-            axes.plot(
-                x, y, color=COLOURS[number % len(COLOURS)], lw=1.5, label=_clip(name),
-                marker=_MARKERS[number % len(_MARKERS)], markersize=3.5,
-                linestyle=("-", "--", ":", "-.")[number % 4],
-            )  # fmt: skip
-        if now is not None:
-            axes.axvline(now, color=_INK, lw=0.8, linestyle=":")
-            axes.text(now, 1.01, "recipe", fontsize=7, transform=axes.get_xaxis_transform())
-        axes.set_xlabel(labels[0])
-        axes.set_ylabel(labels[1])
-        for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(lambda value, _: f"{value:.0%}")
-        axes.set_ylim(bottom=0)
-        _title(figure, title)
-        _legend(figure, axes)
-        return _svg(figure)
+    """Draw shares as curves over another share.
+
+    Args:
+        name: The chart's own name on the page.
+        x: Where each curve has a point.
+        curves: A label and a share for each point.
+        labels: What the axes show, x and y.
+        now: The x of the recipe, which is marked.
+    """
+    figure, axes = _axes(2.2)
+    for number, (label, y) in enumerate(curves):
+        axes.plot(
+            x, y, color=COLOURS[number % len(COLOURS)], lw=1.5, label=label,
+            marker=_MARKERS[number % len(_MARKERS)], markersize=3.5,
+            linestyle=_LINES[number % len(_LINES)],
+        )  # fmt: skip
+    axes.axvline(now, color=_INK, lw=0.8, linestyle=":")
+    axes.text(
+        now, 1.01, "this recipe", fontsize=7, ha="center", transform=axes.get_xaxis_transform()
+    )
+    axes.set(xlabel=labels[0], ylabel=labels[1])
+    axes.xaxis.set_major_formatter(_percent)
+    axes.yaxis.set_major_formatter(_percent)
+    axes.set_ylim(bottom=0)
+    _legend(figure, axes)
+    return _svg(figure, name)
 
 
-def similarity(title: str, names: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
-    """A square of numbers between −1 and 1."""
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 0.9 + 0.35 * len(names)), layout="constrained")
-        axes = figure.subplots()
-        numbers = np.array(
-            [[np.nan if v is None else v for v in row] for row in values], dtype=float
-        )
-        axes.pcolormesh(np.ma.masked_invalid(numbers), vmin=-1, vmax=1, cmap="PuOr")
-        for i, row in enumerate(numbers):
-            for j, value in enumerate(row):
-                if value == value:
-                    ink = "white" if abs(value) > 0.6 else "black"
-                    text = f"{value:.2f}"
-                    axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
-        axes.invert_yaxis()
-        short = [_clip(name) for name in names]
-        axes.set_xticks(np.arange(len(names)) + 0.5, short, fontsize=7, rotation=30, ha="right")
-        axes.set_yticks(np.arange(len(names)) + 0.5, short, fontsize=7)
-        _title(figure, title)
-        return _svg(figure)
+@mpl.rc_context(_STYLE)
+def similarity(name: str, models: Sequence[str], values: Sequence[Sequence[float | None]]) -> str:
+    """Draw a symmetric K × K matrix of numbers from −1 to 1, None where there is none."""
+    labels = [_wrapped(f"{number}: {model}", 24) for number, model in enumerate(models, 1)]
+    figure, axes = _axes(0.3 + 0.35 * len(models))
+    numbers = np.array(values, dtype=float)  # None becomes NaN
+    axes.pcolormesh(np.ma.masked_invalid(numbers), vmin=-1, vmax=1, cmap="PuOr")
+    for (i, j), value in np.ndenumerate(numbers):
+        if not np.isnan(value):
+            ink = "white" if abs(value) > 0.6 else "black"  # on a dark or a light cell
+            text = f"{round(value, 2) + 0.0:.2f}"  # no −0.00
+            axes.text(j + 0.5, i + 0.5, text, ha="center", va="center", color=ink)
+    axes.invert_yaxis()
+    centres = np.arange(len(models)) + 0.5
+    axes.set_xticks(centres, [str(number) for number, _ in enumerate(models, 1)], fontsize=7)
+    axes.set_yticks(centres, labels, fontsize=7)
+    return _svg(figure, name)
 
 
-def _clip(name: str, length: int = 18) -> str:
-    """As much of a name as a chart has room for; the tables have it whole."""
-    return name if len(name) <= length else f"{name[: length - 9]}…{name[-8:]}"
+def _axes(height: float) -> tuple[Figure, Any]:
+    figure = Figure((_WIDTH, height), layout="constrained")
+    return figure, figure.subplots()
 
 
-def _title(figure: Figure, title: str) -> None:
-    figure.suptitle(_clip(title, 40), x=0.01, ha="left", fontsize=9)
+def _percent(value: float, _: int) -> str:
+    return f"{value:.0%}"
+
+
+def _wrapped(name: str, width: int) -> str:
+    """Break a name into lines of ``width`` characters, as nothing of it may be lost."""
+    return textwrap.fill(name, width)
 
 
 def _legend(figure: Figure, axes: Any) -> None:
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", ncols=2)
+    handles, labels = axes.get_legend_handles_labels()
+    # A line of a chart has room for 25 characters twice, or for 52 once.
+    columns = 2 if max(map(len, labels)) <= 25 else 1
+    labels = [_wrapped(label, 52) for label in labels]
+    figure.legend(handles, labels, loc="outside lower left", ncols=columns)
 
 
 def _mark_places(axes: Any, places: Sequence[str], offset: float = 0.0) -> None:
-    """Name a few blocks by their numbers, and what is outside them."""
+    """Label the axis with a few blocks' numbers, and with what is outside the blocks."""
     short = [place.rpartition(".")[2] for place in places]
     step = max(1, -(-len(short) // 8))
     shown = [i for i in range(len(short)) if i % step == 0 or i == len(short) - 1]
     if len(shown) > 1 and shown[-1] - shown[-2] < step:
-        del shown[-2]
+        del shown[-2]  # it would touch the last label
     axes.set_xticks([i + offset for i in shown], [short[i] for i in shown], fontsize=7)
     axes.set_xlabel("layer")
 
 
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    # `savefig` would draw everything twice, and lay it out each time.
-    engine = figure.get_layout_engine()
-    assert engine is not None
-    figure.dpi = 72  # an SVG's
+def _svg(figure: Figure, name: str) -> str:
+    # `savefig` would lay out and draw everything again, and take half as long once more.
+    engine: Any = figure.get_layout_engine()
     engine.execute(figure)
     figure.set_layout_engine("none")
+    for number, artist in enumerate(figure.findobj()):  # tick marks are there once it is laid out
+        artist.set_gid(f"{name}-{number}")
+    buffer = io.StringIO()
     canvas: Any = FigureCanvasSVG(figure)
-    canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
+    # The salt makes the ids that matplotlib derives from contents this chart's own, and the same
+    # each time.
+    with mpl.rc_context({"svg.hashsalt": name}):
+        canvas.print_svg(buffer, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
     svg = buffer.getvalue()
-    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    # The page's width decides; screen readers have the caption and the table.
-    head, close, body = svg.partition(">")
-    head = re.sub(r' (?:width|height)="[^"]*"', "", head)
-    svg = f'{head} aria-hidden="true" focusable="false"{close}{body}'
-    # Several figures share a page: ids are dropped, or made this figure's own if referred to.
-    referred = set(re.findall(r"(?:url\(#|href=\"#)([\w-]+)", svg))
-    number = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    svg = re.sub(
-        r' id="([^"]*)"',
-        lambda match: f' id="f{number}-{match[1]}"' if match[1] in referred else "",
-        svg,
-    )
-    return re.sub(r"(url\(#|href=\"#)([\w-]+)", rf"\g<1>f{number}-\g<2>", svg)
+    # HTML has no place for XML's declaration and document type.
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")

@@ -1,7 +1,7 @@
-"""What an ``obim`` recipe makes of its experts, found by going through the merge without merging.
+"""What each expert contributes to an ``obim`` merge, counted without merging.
 
-Everything is read tensor by tensor, as the merge reads it, and the positions are assigned by the
-merge's own code.
+Tensors are read one by one, as the merge reads them, and the merge's own code assigns their
+positions; only the writing of a merged model is left out.
 """
 
 from __future__ import annotations
@@ -34,28 +34,31 @@ from mergekit_obim.models.layers import block_of, rotate
 from mergekit_obim.planned import plan
 from mergekit_obim.saliency.fingerprint import sample, sample_positions
 
-# Sums of densities that the curve is drawn through, and its sample of each tensor: runs of
-# neighbours, for speed, spread over the tensor.
+# The sums of densities at which other settings are tried, and the orders that are tried at each.
 SHARES = (0.05, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0)
 ORDERS = ("rotation", "recipe", "recipe reversed")
+# They are tried on a sample of each tensor: 64 runs spread over it, each of 32 neighbours, as
+# reading single positions would take far longer.
 _RUNS, _RUN_LENGTH = 64, 32
 
 
 @dataclass(frozen=True)
 class TensorTally:
-    """What became of one tensor.
+    """What the K experts contribute to one tensor of the merged model.
 
     Attributes:
-        name: The merged tensor's.
-        layer: Its layer's number, for rotation.
-        place: Its block, as ``model.layers.3``, or ``before`` or ``after`` the blocks.
-        kind: What it is in its block, as ``mlp.up_proj``.
-        elements: How many positions it has.
-        ranked: What ranked each expert's positions: saliency, magnitude, random or nothing.
-        tally: Counts and sums; 0 for an expert that took no part.
-        contested: Who got the positions that two or more wanted, [K + 1], the base last, estimated
-            from a sample where the tensor has more than 2,048; None without densities, where there
-            is nothing to want, or if it was not asked for.
+        name: The merged tensor's name.
+        layer: The number of its layer, by which the merging order rotates.
+        place: Its block, such as ``model.layers.3``, or ``before`` or ``after`` the blocks.
+        kind: Its name within the block, such as ``mlp.up_proj``.
+        elements: The number of positions.
+        ranked: For each expert what ranked its positions: ``saliency``, ``magnitude`` or
+            ``random``; None if it took no part.
+        reasons: For each expert that was not ranked by saliency, why; None for the others.
+        tally: Counts and sums over the positions, 0 for an expert that took no part.
+        contested: How many positions that two or more experts wanted each expert got, and last
+            the base, [K + 1]. An estimate if the tensor has more than 2,048 positions. None if
+            the assignment has no densities, or if it was not asked for.
     """
 
     name: str
@@ -64,25 +67,26 @@ class TensorTally:
     kind: str
     elements: int
     ranked: list[str | None]
+    reasons: list[str | None]
     tally: Tally
     contested: list[float] | None
 
 
 @dataclass
 class Account:
-    """What a recipe makes of its experts.
+    """What the experts of a recipe contribute to its merge.
 
     Attributes:
         config: The recipe, as mergekit reads it.
-        experts: The experts' references, in the recipe's order.
-        tensors: What became of each tensor.
-        copied: Tensors that no expert was asked about, such as buffers.
-        densities: Each expert's share, in the first tensor.
-        curve: By order and sum of densities the sums over a sample of every tensor's positions,
-            each tensor counting as if whole; empty without densities.
-        calibration: By the expert's reference its saliency file, and what that was made from.
-        differing: Tensors of the merged model, if it was given, that are not what this recipe
-            makes, as far as sampled.
+        experts: The references of the K experts, in the recipe's order.
+        tensors: The tallies of the merged model's tensors, in the order of the merge.
+        copied: Names of tensors that hold no weights, such as buffers, and are only copied.
+        densities: Each expert's density in the first tensor, [K]; empty without densities.
+        curve: For each order and sum of densities a tally over a sample of all tensors, scaled up
+            to whole tensors; empty without densities.
+        calibration: By expert, what its saliency file says of itself.
+        differing: Names of tensors of the merged model, if one was given, that differ from what
+            this recipe makes in the values that were compared.
     """
 
     config: MergeConfiguration
@@ -95,11 +99,11 @@ class Account:
     differing: list[str] = field(default_factory=list)
 
     def total(self) -> Tally:
-        """Over all tensors."""
+        """Return the tally over all tensors."""
         return summed((tensor.tally for tensor in self.tensors), len(self.experts))
 
     def kinship(self) -> Moments:
-        """Of the task vectors; the base's own row is 0, as it is not needed."""
+        """Return the moments of the task vectors; the base's own row, not needed here, is 0."""
         total, experts = self.total(), len(self.experts)
         sums, products = np.zeros(experts + 1), np.zeros((experts + 1, experts + 1))
         sums[1:], products[1:, 1:] = total.sums, total.products
@@ -107,12 +111,12 @@ class Account:
         return Moments(count, torch.from_numpy(sums), torch.from_numpy(products))
 
     def measured(self) -> list[TensorTally]:
-        """The tensors whose errors can be predicted: every expert has a saliency there."""
+        """Return the tensors for which every expert has a saliency, and so a predicted error."""
         return [t for t in self.tensors if all(kind == "saliency" for kind in t.ranked)]
 
 
 def summed(tallies: Iterable[Tally], experts: int) -> Tally:
-    """One tally of several."""
+    """Return the sum of several tallies of the same K experts."""
     total = Tally.zero(experts)
     for one in tallies:
         for name, value in vars(one).items():
@@ -131,20 +135,20 @@ def gather(
 
     Args:
         config: A recipe for ``obim``.
-        options: mergekit's; nothing is written.
-        merged: The merged model, to be compared with what the recipe makes.
-        curve: Whether to look at other orders and densities, and at what is contested.
+        options: mergekit's options; nothing is written.
+        merged: The folder of a merged model, to be compared with what the recipe makes.
+        curve: Whether to try other orders and densities, and to count what is contested.
 
     Raises:
-        ObimError: The recipe is for another method, or cannot be merged.
+        ObimError: The recipe is for another method, or it cannot be merged.
     """
     if config.merge_method != "obim":
         raise RecipeError(
-            f"merge_method: a report is made of obim, whose positions have one owner each, not of "
-            f"{config.merge_method}"
+            f"merge_method: {config.merge_method} has no report: only obim gives each weight one "
+            "owner"
         )
     planned = plan(config, options)
-    experts = experts_of(planned)
+    experts = planned_experts(planned)
     account = Account(config, [str(e) for e in experts], calibration=calibration_of(planned))
     weights = _merged_weights(merged) if merged else None
 
@@ -155,7 +159,7 @@ def gather(
         if curve and assignment:
             shape = assignment.owner.shape
             sampled = [_sampled(candidate, shape) for candidate in assignment.candidates]
-        account.tensors.append(_look(group, parameters, assignment, sampled, experts))
+        account.tensors.append(_tensor_tally(group, parameters, assignment, sampled, experts))
         if weights is not None and not _agrees(group, assignment, weights):
             account.differing.append(group.metadata.name or "")
         if assignment and assignment.densities and len(assignment.candidates) == len(experts):
@@ -174,15 +178,15 @@ def gather(
     return account
 
 
-def experts_of(planned: Sequence[tuple[Any, Any]]) -> list[ModelReference]:
-    """Every expert of any tensor, in the recipe's order."""
+def planned_experts(planned: Sequence[tuple[Any, Any]]) -> list[ModelReference]:
+    """Return the experts of a planned merge, in the recipe's order, each once."""
     experts: dict[ModelReference, None] = {}
     for _, task in planned:
         experts |= dict.fromkeys(model for model in task.model_order if model != task.base_model)
     return list(experts)
 
 
-def _look(
+def _tensor_tally(
     group: TensorGroup,
     parameters: Mapping[str, Any],
     assignment: Assignment | None,
@@ -196,30 +200,31 @@ def _look(
     before = "after" if layer else "before"
     total = Tally.zero(len(experts))
     ranked: list[str | None] = [None] * len(experts)
-    disputes = None
+    contested = None
     if assignment is None:
         total.owned[-1] = base.tensor.numel()
     else:
-        places = [
+        # The candidates are the experts that take part; these are their rows in the tallies.
+        rows = [
             next(experts.index(e.id) for e in group.non_base if e.tensor is candidate.expert)
             for candidate in assignment.candidates
         ]
         found = tally(assignment.candidates, assignment.owner, assignment.scales)
-        columns = [*places, len(experts)]
+        columns = [*rows, len(experts)]
         total.owned[columns] = found.owned
-        total.saliency[np.ix_(places, columns)] = found.saliency
-        total.error[places], total.sums[places] = found.error, found.sums
-        total.products[np.ix_(places, places)] = found.products
-        for place, candidate in zip(places, assignment.candidates, strict=True):
-            ranked[place] = _ranked_by(candidate.criterion)
+        total.saliency[np.ix_(rows, columns)] = found.saliency
+        total.error[rows], total.sums[rows] = found.error, found.sums
+        total.products[np.ix_(rows, rows)] = found.products
+        for row, candidate in zip(rows, assignment.candidates, strict=True):
+            ranked[row] = _ranked_by(candidate.criterion)
         if assignment.densities is not None and sampled:
             part = Positions(_spread(base.tensor.numel()))
             owner = part.of(assignment.owner).numpy()
-            twice = wishes(sampled, assignment.densities) > 1
-            disputes = [0.0] * (len(experts) + 1)
-            for label, column in zip([*range(len(places)), FREE], columns, strict=True):
-                share = np.count_nonzero(twice & (owner == label)) / max(1, len(owner))
-                disputes[column] = share * base.tensor.numel()
+            wanted_twice = wishes(sampled, assignment.densities) > 1
+            contested = [0.0] * (len(experts) + 1)
+            for label, column in zip([*range(len(rows)), FREE], columns, strict=True):
+                share = np.count_nonzero(wanted_twice & (owner == label)) / max(1, len(owner))
+                contested[column] = share * base.tensor.numel()
     return TensorTally(
         name,
         layer,
@@ -227,13 +232,31 @@ def _look(
         kind_of(name),
         base.tensor.numel(),
         ranked,
+        [_reason(e, parameters, kind) for e, kind in zip(experts, ranked, strict=True)],
         total,
-        disputes,
+        contested,
     )
 
 
+def _reason(
+    expert: ModelReference, parameters: Mapping[str, Any], ranked: str | None
+) -> str | None:
+    """Return why a tensor of an expert is not ranked by saliency; None if it is."""
+    if ranked == "saliency":
+        return None
+    if expert not in parameters["criterion"]:
+        return "not in this slice of the recipe"
+    if parameters["criterion"][expert] != "saliency":
+        return "the recipe asks for it"
+    file = saliency_of(expert, parameters["saliency"][expert])
+    name = parameters["tensor_name"][expert]
+    if name in file:
+        return "another expert has no saliency for it"
+    return file.metadata.unscored.get(name, "not in the saliency file")
+
+
 def kind_of(name: str) -> str:
-    """What a tensor is in its block, the same for each block.
+    """Return a tensor's name within its block, which is the same for all blocks.
 
     >>> kind_of("model.layers.3.mlp.experts.7.up_proj.weight")
     'mlp.experts.*.up_proj'
@@ -255,7 +278,7 @@ def _add_to_curve(
     candidates: Sequence[Candidate],
     parameters: Mapping[str, Any],
 ) -> None:
-    """What a sample of the tensor's positions would be under other orders and densities."""
+    """Add a tensor's tallies under other orders and densities, scaled up from its sample."""
     densities = assignment.densities or []
     weight = assignment.owner.numel() / max(1, candidates[0].base.numel())
     experts = range(len(candidates))
@@ -280,7 +303,7 @@ def _add_to_curve(
 
 
 def _sampled(candidate: Candidate, shape: torch.Size) -> Candidate:
-    """The candidate at some of its positions, [n]."""
+    """Return a candidate at the sample's positions only, [n]."""
     part = Positions(_spread(shape.numel()))
     criterion = candidate.criterion
     if isinstance(criterion, Saliency):
@@ -291,6 +314,7 @@ def _sampled(candidate: Candidate, shape: torch.Size) -> Candidate:
 
 
 def _spread(numel: int) -> torch.Tensor:
+    """Return the flat indices of a tensor's sample, int64 [n]: all of a small tensor's."""
     if numel <= _RUNS * _RUN_LENGTH:
         return torch.arange(numel)
     # Golden-ratio steps reach all rows and columns, where equal ones could miss most columns.
@@ -304,12 +328,12 @@ def _merged_weights(folder: Path) -> LazyTensorLoader:
         return LazyTensorLoader.from_disk(str(folder))
     except (RuntimeError, OSError, ValueError) as error:
         raise RecipeError(
-            f"--merged {folder}: holds no merged model; give the folder that mergekit-yaml wrote"
+            f"--merged {folder}: holds no model; give the folder that mergekit-yaml wrote"
         ) from error
 
 
 def _agrees(group: TensorGroup, assignment: Assignment | None, merged: LazyTensorLoader) -> bool:
-    """Whether a sample of the merged tensor is what the assignment makes."""
+    """Return whether the merged tensor is what the assignment makes, in a sample of its values."""
     assert group.base is not None
     there = merged.get_tensor(group.metadata.name or "", raise_on_missing=False)
     base = group.base.tensor
@@ -324,7 +348,7 @@ def _agrees(group: TensorGroup, assignment: Assignment | None, merged: LazyTenso
 
 
 def calibration_of(planned: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, Any]]:
-    """The saliency file of each expert, and what it was made from, by the expert's reference."""
+    """Return what each expert's saliency file says of itself, by the expert's reference."""
     found: dict[str, dict[str, Any]] = {}
     for _, task in planned:
         for model, parameters in task.input_parameters.items():

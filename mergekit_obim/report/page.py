@@ -1,72 +1,49 @@
-"""The report as one HTML file that needs nothing else: no script, no font, no network."""
+"""The report's page: arranges a summary's numbers for the template ``page.html.jinja``."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
-from html import escape
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from mergekit_obim.report import figures
 from mergekit_obim.report.card import measured_on
 
-_CSS = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #fdfdfc; --soft: #5f5f5f;
-  --line: #d4d4d0; --mark: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #ececec; --paper: #161618; --soft: #ababab;
-  --line: #3a3a3e; --mark: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 76rem; padding: 1rem; color: var(--ink); background: var(--paper);
-  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.5rem; line-height: 1.2; } h2 { font-size: 1.2rem; margin: 2rem 0 .3rem; }
-p { max-width: 44rem; margin: .4rem 0; } .soft, figcaption, summary { color: var(--soft); }
-.mark { color: var(--mark); font-weight: 600; }
-a { color: inherit; }
-.charts { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21rem), 1fr)); }
-figure { margin: .5rem 0; min-width: 0; } figure svg { display: block; width: 100%; height: auto;
-  max-width: 30rem; color: var(--ink); }
-figcaption { font-size: .875rem; max-width: 30rem; }
-summary { cursor: pointer; padding: .6rem 0; min-height: 44px; } :focus-visible { outline: 2px solid; }
-.scroll { overflow-x: auto; max-width: 100%; }
-table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid var(--line); padding: .3rem .6rem .3rem 0; text-align: right;
-  vertical-align: top; overflow-wrap: normal; white-space: nowrap; }
-th:first-child, .text { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 7rem; }
-@media print { details { display: block; } }
-"""  # noqa: E501
-
 
 def render(report: dict[str, Any]) -> str:
-    """The page.
+    """Return the report as one HTML file that needs nothing else.
 
     Args:
-        report: As ``summary.summarize`` gives it.
+        report: What :func:`mergekit_obim.report.summary.summarize` returns.
     """
+    environment = Environment(
+        loader=PackageLoader("mergekit_obim.report", ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+    )
+    environment.filters.update(percent=_percent, thousands=_thousands)
     names = short_names(report["experts"])
-    sections = [
-        _overview(report, names),
-        _shares(report, names),
-        _contested(report, names),
-        _errors(report, names),
-        _curve(report, names),
-        _kinship(report, names),
-        _fallbacks(report),
-        _calibration(report),
-    ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>OBIM merge report: {escape(', '.join(names))}</title>\n<style>{_CSS}</style>\n"
-        "</head>\n<body>\n<main>\n" + "\n".join(filter(None, sections)) + "\n</main>\n</body>\n"
-        "</html>\n"
+    return environment.get_template("page.html.jinja").render(
+        report=report,
+        names=names,
+        owners=[*names, "the base"],
+        overview=_overview(report, names),
+        ownership=_ownership(report, names),
+        contested=_contested(report, names),
+        errors=_errors(report, names),
+        settings=_settings(report, names),
+        kinship=_kinship(report, names),
+        fallbacks=_fallbacks(report),
+        calibration=_calibration(report),
     )
 
 
 def short_names(experts: Sequence[str]) -> list[str]:
-    """Last parts of references, as many of them as it takes to tell the experts apart.
+    """Return the last parts of references, as many as it takes to tell the experts apart.
 
     >>> short_names(["./models/math", "org/code@v1"])
     ['math', 'code@v1']
@@ -81,125 +58,72 @@ def short_names(experts: Sequence[str]) -> list[str]:
     return list(experts)
 
 
-def _overview(report: dict[str, Any], names: list[str]) -> str:
-    elements = report["elements"]
-    columns = ["weights", "kept", "overwritten", "dropped", "error"]
-    rows = []
-    for name, owned, shares in zip(names, report["owned"], report["experts_total"], strict=False):
-        rows.append([name, _percent(owned / elements), *(_percent(shares[k]) for k in columns[1:])])
-    rows.append(["the base", _percent(report["owned"][-1] / elements), *[""] * 4])
+def _overview(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    shares = [owned / report["elements"] for owned in report["owned"]]
+    head = ["weights", "kept", "overwritten", "dropped", "error"]
+    rows = [
+        [share, *(expert[key] for key in head[1:])]
+        for share, expert in zip(shares, report["experts_total"], strict=False)
+    ]
+    rows.append([shares[-1], *[None] * 4])  # the base
     if report["densities"]:
-        columns.insert(0, "density")
+        head.insert(0, "density")
         for row, density in zip(rows, [*report["densities"], None], strict=True):
-            row.insert(1, _percent(density))
-    notes = []
-    if report["differing"]:
-        first, more = report["differing"][0], len(report["differing"]) - 1
-        notes.append(
-            f'<p class="mark">The merged model is not what this recipe makes: {escape(first)}'
-            + (f" and {more} more tensors differ" if more else " differs")
-            + ", as far as sampled.</p>"
-        )
-    if not report["measured"]:
-        notes.append(
-            "<p>No tensor has a saliency for every expert: what follows counts every weight's "
-            "change alike.</p>"
-        )
-    parameters = ", ".join(f"{key}: {value}" for key, value in report["parameters"].items())
-    return (
-        "<h1>What each expert brought to this merge</h1>"
-        f'<p class="soft">Base {escape(report["base"])}. {escape(parameters)}. '
-        f"{elements:,} weights. mergekit-obim {escape(report['mergekit_obim_version'])}.</p>"
-        + "".join(notes)
-        + _table(
-            "The experts. Kept, overwritten and dropped are shares of the expert's own saliency. "
-            "Error is the predicted error of the layers' outputs on its calibration data: 0 % is "
-            "the expert itself, 100 % the base.",
-            ["expert", *columns],
-            rows,
-        )
-    )
+            row.insert(0, density)
+    return {"head": ["expert", *head], "rows": _percents([*names, "the base"], rows)}
 
 
-def _shares(report: dict[str, Any], names: list[str]) -> str:
+def _ownership(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     places = _unique(cell["place"] for cell in report["cells"])
     kinds = _unique(cell["kind"] for cell in report["cells"])
-    grid = np.full((len(names) + 1, len(kinds), len(places)), np.nan)
+    grid = np.full((len(names), len(kinds), len(places)), np.nan)
     for cell in report["cells"]:
-        for owner, count in enumerate(cell["owned"]):
-            row, column = kinds.index(cell["kind"]), places.index(cell["place"])
-            grid[owner, row, column] = count / max(1, cell["elements"])
-    highest = float(np.nanmax(grid[:-1])) if grid[:-1].size else 1.0
-    charts = []
-    for k, name in enumerate(names):
-        charts.append(
-            _figure(
-                figures.heat_map(name, places, kinds, grid[k], highest),
-                f"Share of {name} by layer and kind of tensor: from {_percent(np.nanmin(grid[k]))} "
-                f"to {_percent(np.nanmax(grid[k]))}.",
-                _table(
-                    f"Share of {name}",
-                    ["kind", *places],
-                    [[kind, *map(_percent, grid[k, row])] for row, kind in enumerate(kinds)],
-                ),
-            )
-        )
-    return _section(
-        "Whose weights they are",
-        "The share of each tensor's weights that is the expert's, layer by layer.",
-        charts,
-    )
+        shares = np.array(cell["owned"][:-1]) / max(1, cell["elements"])
+        grid[:, kinds.index(cell["kind"]), places.index(cell["place"])] = shares
+    highest = float(np.nanmax(grid))
+    charts = [
+        {
+            "name": name,
+            "svg": figures.heat_map(f"share-{k}", places, kinds, grid[k], highest),
+            "low": np.nanmin(grid[k]),
+            "high": np.nanmax(grid[k]),
+            "rows": _percents(kinds, grid[k]),
+        }
+        for k, name in enumerate(names)
+    ]
+    return {"places": places, "charts": charts}
 
 
-def _contested(report: dict[str, Any], names: list[str]) -> str:
-    title = "What more than one expert wanted"
+def _contested(report: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
     if report["contested"] is None:
-        text = (
-            "This assignment has no densities, so no expert wants a set share of the weights, and "
-            "none is contested: each is given to the value that costs all experts together least."
-        )
-        return _section(title, text, [])
+        return None
     layers = [layer for layer in report["layers"] if layer["contested"] is not None]
     places = [layer["place"] for layer in layers]
-    owners = [*names, "the base"]
-
-    def shares(owner: int) -> list[float]:
-        return [layer["contested"][owner] / max(1, layer["elements"]) for layer in layers]
-
+    owned = list(zip([*names, "the base"], report["contested"], strict=True))
     parts = [
-        (name, figures.colour_of(owner, len(names)), shares(owner))
-        for owner, name in enumerate(owners)
-        if report["contested"][owner]
+        (
+            name,
+            figures.colour_of(owner, len(names)),
+            [layer["contested"][owner] / max(1, layer["elements"]) for layer in layers],
+        )
+        for owner, (name, count) in enumerate(owned)
+        if count or owner < len(names)
     ]
     total = sum(report["contested"])
-    won = ", ".join(
-        f"{name} {_percent(count / total)}"
-        for name, count in zip(owners, report["contested"], strict=True)
-        if total and (count or name != "the base")
-    )
-    chart = _figure(
-        figures.stacked("contested, by who got it", places, parts),
-        f"{_percent(total / report['elements'])} of all weights were wanted by two or more experts"
-        + (f"; they went to: {won}." if total else "."),
-        _table(
-            "Contested weights",
-            ["layer", *owners],
-            [
-                [place, *(f"{count:,}" for count in layer["contested"])]
-                for place, layer in zip(places, layers, strict=True)
-            ],
-        ),
-    )
-    return _section(
-        title,
-        "A weight is contested if it is among the best of two or more experts, each taken as if it "
-        "were alone. The one that chooses first in that layer gets it. Estimated from 2,048 "
-        "weights of each tensor.",
-        [chart],
-    )
+    return {
+        "share": total / report["elements"],
+        "won": [
+            (name, count / total) for name, count in owned if total and (count or name in names)
+        ],
+        "svg": figures.stacked("contested", places, parts),
+        "rows": [
+            [place, *map(_thousands, layer["contested"])]
+            for place, layer in zip(places, layers, strict=True)
+        ],
+    }
 
 
-def _errors(report: dict[str, Any], names: list[str]) -> str:
+def _errors(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     charts = []
     for k, name in enumerate(names):
         layers = [layer for layer in report["layers"] if layer["experts"][k]["kept"] is not None]
@@ -216,176 +140,118 @@ def _errors(report: dict[str, Any], names: list[str]) -> str:
             ("dropped to the base", figures.GREY, values["dropped"]),
         ]
         worst = int(np.argmax(values["error"]))
+        line = ("predicted error", values["error"])
         charts.append(
-            _figure(
-                figures.stacked(name, places, parts, ("predicted error", values["error"])),
-                f"{name}: the predicted error is largest in {places[worst]}, "
-                f"{_percent(values['error'][worst])} of the base's.",
-                _table(
-                    f"Saliency of {name}, and its predicted error",
-                    ["layer", *values],
-                    [
-                        [place, *(_percent(column[i]) for column in values.values())]
-                        for i, place in enumerate(places)
-                    ],
-                ),
-            )
+            {
+                "name": name,
+                "svg": figures.stacked(f"error-{k}", places, parts, line),
+                "worst": places[worst],
+                "error": values["error"][worst],
+                "head": ["layer", *values],
+                "rows": _percents(places, zip(*values.values(), strict=True)),
+            }
         )
-    return _section(
-        "What became of each expert's saliency",
-        "Saliency that is dropped is the error that leaving the base's weight makes in the layer's "
-        "output. Where another expert's weight stands, the error can be larger or smaller than "
-        "that. So the line may pass 100 %: the layer then serves this expert worse than the "
-        "base's.",
-        charts,
-    )
+    return charts
 
 
-def _curve(report: dict[str, Any], names: list[str]) -> str:
-    heading = "Other orders and densities"
-    if not report["densities"]:
-        return _section(heading, "This assignment has no order and no densities.", [])
-    if not report["curve"]:  # all densities are 0
-        return ""
+def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
+    """Return a chart of the mean predicted error, and one of what each expert keeps."""
     orders = _unique(point["order"] for point in report["curve"])
     sums = _unique(point["density"] for point in report["curve"])
-    at = {(point["order"], point["density"]): point["experts"] for point in report["curve"]}
-    now = sum(report["densities"])
+    experts = {(point["order"], point["density"]): point["experts"] for point in report["curve"]}
 
-    def mean(order: str, density: float) -> float:
-        errors = [shares["error"] for shares in at[order, density]]
-        return float(np.mean([np.nan if error is None else error for error in errors]))
+    def values(key: str) -> np.ndarray:
+        """Return [orders, sums, experts]; NaN for an expert without saliency."""
+        found = [[[e[key] for e in experts[o, s]] for s in sums] for o in orders]
+        return np.array(found, dtype=float)
 
-    charts = []
-    views: list[tuple[str, str, Callable[[str, float], float]]] = [
-        ("mean over the experts", "predicted error", mean)
+    if not report["curve"]:
+        return []
+    views = [
+        ("Mean over the experts", "predicted error", values("error").mean(axis=-1), np.nanargmin)
     ]
     for k, name in enumerate(names):
-
-        def kept(order: str, density: float, k: int = k) -> float:
-            value = at[order, density][k]["kept"]
-            return np.nan if value is None else value
-
-        views.append((name, "saliency kept", kept))
-    for title, label, value in views:
-        curves = [(order, [value(order, share) for share in sums]) for order in orders]
-        best = min if label == "predicted error" else max
-        order, share = best(
-            ((o, s) for o in orders for s in sums), key=lambda place: np.nan_to_num(value(*place))
+        views.append((name, "saliency kept", values("kept")[..., k], np.nanargmax))
+    charts = []
+    for number, (title, label, grid, best_of) in enumerate(views):
+        if np.isnan(grid).all():
+            continue
+        order, density = np.unravel_index(best_of(grid), grid.shape)
+        svg = figures.lines(
+            f"settings-{number}",
+            sums,
+            list(zip(orders, grid, strict=True)),
+            ("sum of the densities", label),
+            sum(report["densities"]),
         )
         charts.append(
-            _figure(
-                figures.lines(title, sums, curves, ("sum of the densities", label), now),
-                f"{title}: the {label} is best at {_percent(value(order, share))}, with order "
-                f"{order} and densities that sum to {_percent(share)}.",
-                _table(
-                    f"{title}: {label}",
-                    ["densities", *orders],
-                    [
-                        [_percent(share), *(_percent(y[i]) for _, y in curves)]
-                        for i, share in enumerate(sums)
-                    ],
-                ),
-            )
+            {
+                "title": title,
+                "label": label,
+                "svg": svg,
+                "best": grid[order, density],
+                "order": orders[order],
+                "density": sums[density],
+                "orders": orders,
+                "rows": _percents(map(_percent, sums), grid.T),
+            }
         )
-    return _section(
-        heading,
-        "What other settings would keep, with the densities in the recipe's proportions: an "
-        "estimate from a sample of each tensor's weights, without merging. It says what the "
-        "layers' outputs would be on calibration data, not how good a merged model is.",
-        charts,
-    )
+    return charts
 
 
-def _kinship(report: dict[str, Any], names: list[str]) -> str:
-    measures = report["kinship"]
-    tables = [
-        _table(title, ["", *names], [[n, *map(f, row)] for n, row in zip(names, rows, strict=True)])
-        for title, rows, f in (
-            ("Pearson correlation", measures["pearson"], _number),
-            ("Cosine", measures["cosine"], _number),
-            ("Euclidean distance", measures["euclidean"], _number),
+def _kinship(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    titles = {
+        "pearson": "Pearson correlation",
+        "cosine": "Cosine",
+        "euclidean": "Euclidean distance",
+    }
+    measures = [
+        (
+            title,
+            [
+                [name, *("" if value is None else f"{value:.4g}" for value in row)]
+                for name, row in zip(names, report["kinship"][key], strict=True)
+            ],
         )
+        for key, title in titles.items()
     ]
-    chart = _figure(
-        figures.similarity("cosine of the task vectors", names, measures["cosine"]),
-        "How alike the experts' task vectors are: 1 the same way, 0 unrelated, −1 opposite.",
-        "".join(tables),
-    )
-    return _section("Kinship", "", [chart])
+    svg = figures.similarity("kinship", names, report["kinship"]["cosine"])
+    return {"svg": svg, "measures": measures}
 
 
-def _fallbacks(report: dict[str, Any]) -> str:
+def _fallbacks(report: dict[str, Any]) -> dict[str, Any]:
     rows = [
-        [f["tensor"], f["expert"], f["ranked"] or "left at the base", f["reason"] or "asked for"]
+        [f["tensor"], f["expert"], f["ranked"] or "nothing: left at the base", f["reason"]]
         for f in report["fallbacks"]
     ]
-    rows += [[name, "", "copied", "no weights"] for name in report["copied"]]
-    if not rows:
-        return _section("Without saliency", "Every tensor of every expert has a saliency.", [])
-    table = _table("", ["tensor", "expert", "ranked by", "why"], rows, text=4)
-    body = f"<details><summary>All {len(rows)}</summary>{table}</details>"
-    kinds = _unique(f"{row[2]}: {row[3]}" for row in rows)
-    return _section("Without saliency", f"{len(rows)} tensors. {'; '.join(kinds)}.", [], body)
+    rows += [[name, "", "nothing: copied", "it holds no weights"] for name in report["copied"]]
+    return {
+        "tensors": len({row[0] for row in rows}),
+        "kinds": _unique(f"ranked by {ranked} ({reason})" for _, _, ranked, reason in rows),
+        "rows": rows,
+    }
 
 
-def _calibration(report: dict[str, Any]) -> str:
+def _calibration(report: dict[str, Any]) -> list[list[str]]:
     rows = []
     for expert in report["experts"]:
         file = report["calibration"].get(expert)
         record = json.dumps(file["calibration"], ensure_ascii=False) if file else ""
-        rows.append(
-            [expert, measured_on(file).replace("`", ""), file["file"] if file else "", record]
-        )
-    table = _table("", ["expert", "measured on", "saliency file", "record"], rows, text=4)
-    return _section("Calibration", "What each expert's saliency was measured on.", [], table)
+        rows.append([expert, measured_on(file), file["file"] if file else "", record])
+    return rows
 
 
-def _section(title: str, text: str, charts: Sequence[str], body: str = "") -> str:
-    grid = f'<div class="charts">{"".join(charts)}</div>' if charts else ""
-    return f"<section><h2>{escape(title)}</h2><p>{escape(text)}</p>{grid}{body}</section>"
-
-
-def _figure(svg: str, caption: str, table: str) -> str:
-    # The caption is the chart's text for who does not see it, and the table all that is in it.
-    return (
-        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption>"
-        f"<details><summary>Numbers</summary>{table}</details></figure>"
-    )
-
-
-def _table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]], text: int = 1) -> str:
-    titles = "".join(
-        f'<th scope="col" class="text">{escape(cell)}</th>'
-        if i < text
-        else f'<th scope="col">{escape(cell)}</th>'
-        for i, cell in enumerate(head)
-    )
-    body = "".join(
-        "<tr>"
-        + f'<th scope="row">{escape(row[0])}</th>'
-        + "".join(
-            f'<td class="text">{escape(cell)}</td>' if i < text else f"<td>{escape(cell)}</td>"
-            for i, cell in enumerate(row[1:], 1)
-        )
-        + "</tr>"
-        for row in rows
-    )
-    label = escape(caption or head[0], quote=True)
-    return (
-        # Above the part that scrolls, where it is wrapped to the page's width.
-        (f'<p class="soft">{escape(caption)}</p>' if caption else "")
-        + f'<div class="scroll" tabindex="0" role="region" aria-label="{label}"><table>'
-        + f"<thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+def _percents(labels: Iterable[str], rows: Iterable[Iterable[float | None]]) -> list[list[str]]:
+    """Return a table's rows: a label, and shares in percent."""
+    return [[label, *map(_percent, row)] for label, row in zip(labels, rows, strict=True)]
 
 
 def _percent(value: float | None) -> str:
-    return "" if value is None or value != value else f"{value:.1%}"
+    return "" if value is None or np.isnan(value) else f"{value:.1%}"
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _thousands(value: int) -> str:
+    return f"{value:,}"
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""An account in plain numbers: what ``obim-report --json`` prints, and what the page shows."""
+"""A merge's account in plain numbers: what ``obim-report --json`` prints and the page shows."""
 
 from __future__ import annotations
 
@@ -10,44 +10,47 @@ from mergekit.config import MergeConfiguration
 
 from mergekit_obim import __version__
 from mergekit_obim.kernels.tally import Tally
-from mergekit_obim.kinship import measures
+from mergekit_obim.kinship.measures import pairwise
 from mergekit_obim.report.gather import Account, TensorTally, summed
 
 
 def summarize(account: Account) -> dict[str, Any]:
-    """Everything in the report, in types that JSON has.
+    """Return everything that a report says, in types that JSON has.
 
     Positions are counts. Lists over owners have the experts in the recipe's order and the base
-    last. ``kept``, ``overwritten`` and ``dropped`` are shares of an expert's own saliency Σ s_k,
-    and sum to 1; ``error`` is the predicted error of the layers' outputs, Σ h_k (δ_M − δ_k)², as a
-    share of what the base would make, so 0 is the expert itself and 1 the base. They cover the
-    tensors that every expert has a saliency for, or where there is none all tensors with h = 1.
+    last. ``kept``, ``overwritten`` and ``dropped`` are shares of an expert's own saliency Σ s_k
+    and sum to 1. ``error`` is the predicted error of the layers' outputs, Σ h_k (δ_M − δ_k)², as a
+    share of the error that the base's weights would make: 0 is the expert itself, 1 the base. All
+    four cover the tensors that every expert has a saliency for; if there are none, all tensors,
+    with h = 1.
     """
-    measured = account.measured()
-    config, kinship = account.config, account.kinship()
-    weighed = measured or account.tensors
+    experts = len(account.experts)
+    measured = {tensor.name for tensor in account.measured()}
+
+    def owned(tensors: Iterable[TensorTally]) -> list[int]:
+        return _counts(summed((t.tally for t in tensors), experts).owned)
+
+    def shares(tensors: Iterable[TensorTally]) -> list[dict[str, float | None]]:
+        weighed = (t.tally for t in tensors if not measured or t.name in measured)
+        return _shares(summed(weighed, experts))
+
     return {
         "mergekit_obim_version": __version__,
-        "base": str(config.base_model),
+        "base": str(account.config.base_model),
         "experts": account.experts,
-        "parameters": _parameters(config),
+        "parameters": _parameters(account.config),
         "elements": sum(tensor.elements for tensor in account.tensors),
-        "owned": _counts(account.total().owned),
+        "owned": owned(account.tensors),
         "contested": _contested(account.tensors),
         "measured": bool(measured),
-        "experts_total": _shares(summed((t.tally for t in weighed), len(account.experts))),
+        "experts_total": shares(account.tensors),
         "layers": [
             {
                 "place": place,
                 "elements": sum(tensor.elements for tensor in tensors),
-                "owned": _counts(summed((t.tally for t in tensors), len(account.experts)).owned),
+                "owned": owned(tensors),
                 "contested": _contested(tensors),
-                "experts": _shares(
-                    summed(
-                        (t.tally for t in tensors if not measured or t in measured),
-                        len(account.experts),
-                    )
-                ),
+                "experts": shares(tensors),
             }
             for place, tensors in _grouped(account.tensors, lambda t: t.place)
         ],
@@ -56,7 +59,7 @@ def summarize(account: Account) -> dict[str, Any]:
                 "place": place,
                 "kind": kind,
                 "elements": sum(tensor.elements for tensor in tensors),
-                "owned": _counts(summed((t.tally for t in tensors), len(account.experts)).owned),
+                "owned": owned(tensors),
             }
             for (place, kind), tensors in _grouped(account.tensors, lambda t: (t.place, t.kind))
         ],
@@ -65,8 +68,18 @@ def summarize(account: Account) -> dict[str, Any]:
             for (order, share), tally in account.curve.items()
         ],
         "densities": account.densities,
-        "kinship": measures(kinship),
-        "fallbacks": _fallbacks(account),
+        "kinship": pairwise(account.kinship()),
+        "fallbacks": [
+            {
+                "expert": expert,
+                "tensor": tensor.name,
+                "ranked": tensor.ranked[k],
+                "reason": tensor.reasons[k],
+            }
+            for k, expert in enumerate(account.experts)
+            for tensor in account.tensors
+            if tensor.reasons[k]
+        ],
         "copied": account.copied,
         "calibration": account.calibration,
         "differing": account.differing,
@@ -87,7 +100,7 @@ def summarize(account: Account) -> dict[str, Any]:
 
 
 def _parameters(config: MergeConfiguration) -> dict[str, Any]:
-    # Not the whole: mergekit 0.1.5 cannot write a reference with a space in it as JSON.
+    # Only these two keys: mergekit 0.1.5 cannot write a reference with a space in it as JSON.
     recipe = config.model_dump(mode="json", include={"merge_method", "parameters"})
     return {"merge_method": recipe["merge_method"], **(recipe["parameters"] or {})}
 
@@ -99,7 +112,7 @@ def _counts(values: np.ndarray) -> list[int]:
 def _grouped(
     tensors: Iterable[TensorTally], key: Callable[[TensorTally], Any]
 ) -> list[tuple[Any, list[TensorTally]]]:
-    """Tensors of the same key together, in the order in which the keys first come."""
+    """Group tensors by a key, in the order in which the keys first appear."""
     groups: dict[Any, list[TensorTally]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
@@ -112,7 +125,7 @@ def _contested(tensors: Sequence[TensorTally]) -> list[int] | None:
 
 
 def _shares(tally: Tally) -> list[dict[str, float | None]]:
-    """What is kept of each expert, dropped and overwritten; nothing where it has no saliency."""
+    """Return what becomes of each expert's saliency; None for one that has no saliency."""
     found: list[dict[str, float | None]] = []
     for k, (row, error) in enumerate(zip(tally.saliency, tally.error, strict=True)):
         total = float(row.sum())
@@ -128,21 +141,4 @@ def _shares(tally: Tally) -> list[dict[str, float | None]]:
                 "error": float(error) / total,
             }
         )
-    return found
-
-
-def _fallbacks(account: Account) -> list[dict[str, Any]]:
-    found = []
-    for k, expert in enumerate(account.experts):
-        reasons = account.calibration.get(expert, {}).get("unscored", {})
-        for tensor in account.tensors:
-            if tensor.ranked[k] != "saliency":
-                found.append(
-                    {
-                        "expert": expert,
-                        "tensor": tensor.name,
-                        "ranked": tensor.ranked[k],
-                        "reason": reasons.get(tensor.name),
-                    }
-                )
     return found

@@ -21,7 +21,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
-from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
+from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoundError, one_line
 from mergekit_obim.saliency.fingerprint import Fingerprint
 
 FORMAT = "mergekit-obim-saliency"
@@ -117,6 +117,19 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all.
+
+    Raises:
+        RecipeError: The file cannot be written.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write(text.encode("utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 def write_saliency(

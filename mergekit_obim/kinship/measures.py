@@ -1,7 +1,6 @@
-"""Model kinship (arXiv 2410.12613): how alike models are as fine-tunes of one base.
+"""Model kinship (arXiv 2410.12613): how similar models are as fine-tunes of one base.
 
-Measured on the task vectors of all tensors that the models have in common, tensor by tensor, in
-float64 sums.
+The measures compare task vectors, over all tensors that the models have in common.
 """
 
 from __future__ import annotations
@@ -17,25 +16,24 @@ from mergekit.options import MergeOptions
 from tqdm import tqdm
 
 from mergekit_obim.errors import CheckpointError, RecipeError, UnscorableError
+from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
-from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.models.checkpoint import Skim
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.models.opened import open_model
-
-# Files are let go of after so many bytes were read, as their pages count as this process's.
-_OPEN_BYTES = 1 << 28
 
 
 @dataclass
 class Kinship:
-    """How alike models are.
+    """How similar a set of models are as fine-tunes of one base.
 
     Attributes:
-        base: The base's reference.
-        models: The models' references.
-        total: Over all tensors that were compared.
-        layers: By block, and ``outside`` for what is in none.
-        skipped: Tensors of the base that were not compared, and why.
+        base: The reference of the base model.
+        models: The references of the K models.
+        total: Sums over all compared tensors, from which every measure follows.
+        layers: The same sums by block (``model.layers.3``); ``outside`` is for tensors that
+            belong to no block.
+        skipped: For each of the base's tensors that was not compared, the reason.
     """
 
     base: str
@@ -45,25 +43,25 @@ class Kinship:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self, *, layers: bool) -> dict[str, Any]:
-        """In types that JSON has."""
+        """Return the measures as JSON-able types; ``layers`` adds those of each block."""
         found = {
             "base": self.base,
             "models": self.models,
             "elements": int(self.total.count),
-            **measures(self.total),
+            **pairwise(self.total),
             "relative_size": matrix(self.total.relative_sizes()[None])[0],
             "skipped": self.skipped,
         }
         if layers:
             found["layers"] = {
-                place: {"elements": int(part.count), **measures(part)}
+                place: {"elements": int(part.count), **pairwise(part)}
                 for place, part in self.layers.items()
             }
         return found
 
 
-def measures(part: Moments) -> dict[str, list[list[float | None]]]:
-    """The three measures of each two models."""
+def pairwise(part: Moments) -> dict[str, list[list[float | None]]]:
+    """Return the three measures by name, each a K × K matrix as :func:`matrix` writes it."""
     return {
         "pearson": matrix(part.pearson()),
         "cosine": matrix(part.cosine()),
@@ -72,62 +70,53 @@ def measures(part: Moments) -> dict[str, list[list[float | None]]]:
 
 
 def matrix(values: torch.Tensor) -> list[list[float | None]]:
-    """A matrix for JSON, which has no NaN."""
+    """Return a matrix as nested lists, with None for NaN, which JSON does not have."""
     return [[None if x != x else x for x in row] for row in values.tolist()]
 
 
 def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
-    """Read every model once.
+    """Compare models, reading each of them once, tensor by tensor.
 
     Args:
-        models: Two or more references, as recipes have them.
-        base: What they were fine-tuned from.
-        options: mergekit's, on how models are read.
+        models: Two or more model references, as recipes have them.
+        base: The model that they were fine-tuned from.
+        options: mergekit's options, which say how models are read.
 
     Raises:
-        RecipeError: A model cannot be read, or they have nothing in common.
+        RecipeError: A model cannot be read, or the models have no tensor in common.
         UnscorableError: A weight is not a finite number.
     """
     if len(models) < 2:
         raise RecipeError("kinship is between models: name two or more")
     if len(set(models)) < len(models) or base in models:
         twice = next(m for m in (*models, base) if [*models, base].count(m) > 1)
-        raise RecipeError(
-            f"model {twice}: is named twice; name each model once, and the base apart"
-        )
-    start = _open(base, options)
-    experts = [_open(model, options) for model in models]
+        raise RecipeError(f"model {twice}: is named twice; name each model once, and not the base")
     found = Kinship(base, list(models), Moments.zero(len(models)))
-    read = 0
-    for name in tqdm(
-        start.index.tensor_paths, desc="Comparing", unit="tensor", disable=options.quiet
-    ):
-        weight = tensor_of(start, name)
-        own = [
-            tensor_of(expert, name) if name in expert.index.tensor_paths else None
-            for expert in experts
-        ]
-        reason = _incomparable(weight, own, models)
-        if reason:
-            found.skipped[name] = reason
-            continue
-        tensors = [tensor for tensor in own if tensor is not None]
-        try:
-            part = moments(tensors, weight)
-        except UnscorableError as error:
-            raise UnscorableError(
-                f"tensor {name}: {error.message} in one of {base}, {', '.join(models)}; get a "
-                "sound copy of that checkpoint"
-            ) from error
-        block = block_of(name)
-        place = f"{block[0]}.{block[1]}" if block else "outside"
-        found.layers[place] = found.layers.get(place, Moments.zero(len(models))) + part
-        found.total += part
-        read += weight.nbytes * (len(models) + 1)
-        if read >= _OPEN_BYTES:
-            for loader in (start, *experts):
-                loader.flush()
-            read = 0
+    start, *experts = (Skim(_open(model, options), of=len(models) + 1) for model in (base, *models))
+    names = start.loader.index.tensor_paths
+    # Every block is one small matrix product. Two threads took ten times as long over it as one.
+    with one_thread():
+        for name in tqdm(names, desc="Comparing", unit="tensor", disable=options.quiet):
+            weight = start.load(name)
+            own = [
+                expert.load(name) if name in expert.loader.index.tensor_paths else None
+                for expert in experts
+            ]
+            reason = _incomparable(weight, own, models)
+            if reason:
+                found.skipped[name] = reason
+                continue
+            try:
+                part = moments([tensor for tensor in own if tensor is not None], weight)
+            except UnscorableError as error:
+                raise UnscorableError(
+                    f"tensor {name}: {error.message} in one of {base}, {', '.join(models)}; "
+                    "download that checkpoint again"
+                ) from error
+            block = block_of(name)
+            place = f"{block[0]}.{block[1]}" if block else "outside"
+            found.layers[place] = found.layers.get(place, Moments.zero(len(models))) + part
+            found.total += part
     if not found.total.count:
         first = next(iter(found.skipped.items()), ("", "it has no tensors"))
         raise RecipeError(
@@ -148,7 +137,7 @@ def _open(model: str, options: MergeOptions) -> LazyTensorLoader:
 def _incomparable(
     weight: torch.Tensor, own: Sequence[torch.Tensor | None], models: Sequence[str]
 ) -> str | None:
-    """Why a tensor is left out, if it is."""
+    """Return why a tensor is left out; None if all models have it, in the base's shape."""
     if not weight.is_floating_point():
         return "it holds no weights"
     for model, tensor in zip(models, own, strict=True):

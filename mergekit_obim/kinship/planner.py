@@ -1,11 +1,11 @@
-"""Top-k greedy merging with model kinship (arXiv 2410.12613), generation by generation.
+"""Top-k greedy merging guided by model kinship (arXiv 2410.12613), one generation at a time.
 
-Of all models so far the k best are merged with each other, pair by pair. One merge explores: the
-best model with the one that is least its kin. When a generation leaves the k best as they were,
-it ends. The merging and the scoring are the user's; a folder keeps what has been planned:
+Each generation merges the k best models so far with each other, pair by pair, and also merges the
+best model with the one least related to it, which explores. Merging ends once a generation leaves
+the k best unchanged. The user runs the merges and scores the models; a folder holds the state:
 
-``plan.json``    what there is, for this module
-``scores.yml``   for the user: a number a model, the higher the better
+``plan.json``    what has been planned, for this module
+``scores.yml``   filled in by the user: one number per model, higher is better
 ``NAME.yml``     a recipe for each merge, to be merged into the folder ``NAME``
 """
 
@@ -23,25 +23,25 @@ from typing import Any
 import yaml
 
 from mergekit_obim.errors import RecipeError, one_line
-from mergekit_obim.saliency.file import atomic_write
+from mergekit_obim.saliency.file import write_text
 
-# As the paper merges its pairs.
+# The paper merges its pairs this way.
 DEFAULT_TEMPLATE: dict[str, Any] = {"merge_method": "slerp", "parameters": {"t": 0.5}}
 
 
 @dataclass
 class Evolution:
-    """What has been planned so far.
+    """What has been planned so far, as ``plan.json`` holds it.
 
     Attributes:
-        base: What all models come from.
-        top_k: How many of the best are merged with each other.
-        template: The recipe of a merge, less its models.
-        models: Path of each model, by name: those that the user named, then merges.
-        parents: Of each merge.
-        kin: Of each merge that explores, the correlation of its parents.
-        tops: The k best, generation by generation.
-        done: Why it has ended; empty while it goes on.
+        base: The base model that all models were fine-tuned from.
+        top_k: How many of the best models are merged with each other.
+        template: The recipe of every merge, without its models and base.
+        models: Each model's path by its name: the models that the user gave, then the merges.
+        parents: The names of each merge's two parents.
+        kin: For each merge that explores, the correlation of its parents' task vectors.
+        tops: The names of the k best models in each generation, the best first.
+        done: Why the plan has ended; empty while it goes on.
     """
 
     base: str
@@ -54,60 +54,51 @@ class Evolution:
     done: str = ""
 
 
+# The correlation of one model with each of several others, all given by name.
 Similarity = Callable[[str, list[str]], list[float | None]]
 
 
 def read(folder: Path) -> Evolution:
-    """What is kept in a folder.
+    """Read the plan that a folder holds.
 
     Raises:
-        RecipeError: Nothing is, or it cannot be read.
+        RecipeError: The folder has no plan, or its plan cannot be read.
     """
     path = folder / "plan.json"
     try:
         return Evolution(**json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
-        raise RecipeError(
-            f"{folder}: no merging has been planned there: name the models and --base"
-        ) from error
+        raise RecipeError(f"{folder}: has no plan yet: name the models and --base") from error
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def write(folder: Path, evolution: Evolution, scores: Mapping[str, float]) -> None:
-    """Keep the plan, the recipes that are not there yet, and the list of scores to be filled in."""
+    """Write the plan, the recipes that are missing, and the list of scores to fill in."""
     for name, pair in evolution.parents.items():
         path = folder / f"{name}.yml"
-        if not path.exists():
-            _put(path, yaml.safe_dump(recipe_of(evolution, pair), sort_keys=False))
+        if not path.exists():  # the user may have edited one that is there
+            write_text(path, yaml.safe_dump(recipe_of(evolution, pair), sort_keys=False))
     lines = [f"{json.dumps(name)}: {scores.get(name, '')}\n" for name in evolution.models]
-    head = "# One number a model, the higher the better; then run obim-kinship --plan again.\n"
-    _put(folder / "scores.yml", head + "".join(lines))
-    _put(folder / "plan.json", json.dumps(asdict(evolution), indent=1) + "\n")
-
-
-def _put(path: Path, text: str) -> None:
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode("utf-8"))
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
+    head = "# One number per model, higher is better; then run obim-kinship --plan again.\n"
+    write_text(folder / "scores.yml", head + "".join(lines))
+    write_text(folder / "plan.json", json.dumps(asdict(evolution), indent=1) + "\n")
 
 
 def recipe_of(evolution: Evolution, pair: list[str]) -> dict[str, Any]:
-    """The recipe of one merge, for mergekit."""
+    """Return mergekit's recipe for the merge of two models, given by name."""
     paths = [evolution.models[name] for name in pair]
-    # mergekit's slerp goes from one of the two to the other, and knows no common base.
+    # mergekit's slerp interpolates between its base and one other model; no third takes part.
     base = paths[0] if evolution.template["merge_method"] == "slerp" else evolution.base
     models = [{"model": path} for path in paths]
     return {**evolution.template, "base_model": base, "models": models}
 
 
 def read_scores(folder: Path, evolution: Evolution) -> dict[str, float]:
-    """The scores that the user has filled in.
+    """Read the scores that the user has filled in so far.
 
     Raises:
-        RecipeError: A name is none of the models', or a score no number.
+        RecipeError: The file names a model that is not in the plan, or a score is not a number.
     """
     path = folder / "scores.yml"
     try:
@@ -137,25 +128,26 @@ def read_scores(folder: Path, evolution: Evolution) -> dict[str, float]:
 
 
 def unscored(evolution: Evolution, scores: Mapping[str, float]) -> list[str]:
-    """The models that wait for a score."""
+    """Return the names of the models that still need a score."""
     return [name for name in evolution.models if name not in scores]
 
 
 def next_generation(
     evolution: Evolution, scores: Mapping[str, float], folder: Path, similarity: Similarity
 ) -> list[str]:
-    """Plan the merges that come next, or end.
+    """Add the next generation's merges to the plan, or end it.
 
     Args:
-        evolution: What there is; changed in place.
-        scores: Of every model.
-        folder: Where merges are going to be.
-        similarity: The correlation of a model with others, by name.
+        evolution: The plan so far, which is changed in place.
+        scores: The score of every model in the plan.
+        folder: Where the merges will be written.
+        similarity: Returns the correlation of a model with each of several others.
 
     Returns:
-        The new merges' names; none if it has ended, and ``evolution.done`` says why.
+        The names of the new merges; none if the plan has ended, for the reason that
+        ``evolution.done`` then gives.
     """
-    # Of equals the older comes first, so that a merge has to be better to take its place.
+    # Of two equal scores the older model's ranks first, so a merge must beat what it replaces.
     ranked = sorted(evolution.models, key=lambda name: -scores[name])
     top = ranked[: evolution.top_k]
     if evolution.tops and set(top) == set(evolution.tops[-1]):
@@ -167,10 +159,10 @@ def next_generation(
     best = top[0]
     others = [name for name in evolution.models if name != best]
     kin = dict(zip(others, similarity(best, others), strict=True))
-    # What has no direction of its own, as the base itself, is nobody's kin and of no use.
-    strangers = sorted((value, name) for name, value in kin.items() if value is not None)
+    # A model without a direction of its own, such as a copy of the base, has no correlation.
+    least_related = sorted((value, name) for name, value in kin.items() if value is not None)
     planned = merged | {frozenset(pair) for pair in pairs}
-    explored = next((n for _, n in strangers if frozenset((best, n)) not in planned), None)
+    explored = next((n for _, n in least_related if frozenset((best, n)) not in planned), None)
     new: list[str] = []
     for pair in [*pairs, *([(best, explored)] if explored else [])]:
         name = f"gen{len(evolution.tops)}-{len(new) + 1}"

@@ -1,0 +1,97 @@
+"""What the commands have in common: options, their groups in the help, and logging."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from mergekit_obim import __version__
+
+if TYPE_CHECKING:
+    from mergekit.options import MergeOptions
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
+FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+NEW_FILE = click.Path(dir_okay=False, path_type=Path)
+NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+
+_SHARED = (
+    click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors"),
+    click.option(
+        "-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)"
+    ),
+    click.option("--transformers-cache", help="Override storage path for downloaded models"),
+    click.option("--lora-merge-cache", help="Path to store merged LORA models"),
+    click.option(
+        "--trust-remote-code",
+        is_flag=True,
+        help="Trust remote code from huggingface repos (danger)",
+    ),
+    click.version_option(__version__),
+)
+# Titles in the help. A command's own groups come first, and share a title where it is the same.
+_GROUPS: dict[str, tuple[str, ...]] = {
+    "Output": ("quiet", "verbosity"),
+    "Storage": ("transformers_cache", "lora_merge_cache"),
+    "Dangerous Options": ("trust_remote_code",),
+}
+
+
+def shared_options(command: F) -> F:
+    """Add the options that every command has: how models are read, and how much is printed."""
+    for option in reversed(_SHARED):  # decorators apply from the last to the first
+        command = option(command)
+    return command
+
+
+class GroupedHelp(click.Command):
+    """A command whose ``--help`` lists the options in groups, as mergekit-yaml's does.
+
+    Args:
+        groups: Titles of the command's own groups, and the names of the parameters in each.
+        arguments: See :class:`click.Command`.
+    """
+
+    def __init__(
+        self, *, groups: Mapping[str, Sequence[str]] | None = None, **arguments: Any
+    ) -> None:
+        super().__init__(**arguments)
+        own = groups or {}
+        self.groups = {
+            title: (*own.get(title, ()), *_GROUPS.get(title, ())) for title in {**own, **_GROUPS}
+        }
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write a section for each group; options in no group come last, as ``Other``."""
+        params = {p.name: p for p in self.get_params(ctx) if isinstance(p, click.Option)}
+        grouped = {name for names in self.groups.values() for name in names}
+        groups = {**self.groups, "Other": [name for name in params if name not in grouped]}
+        for title, names in groups.items():
+            records = [params[name].get_help_record(ctx) for name in names]
+            if any(records):
+                with formatter.section(title):
+                    formatter.write_dl([record for record in records if record])
+
+
+def start_logging(verbosity: int) -> None:
+    """Log warnings, with one ``-v`` also what is done, with two everything."""
+    levels = (logging.WARNING, logging.INFO, logging.DEBUG)
+    logging.basicConfig(level=levels[min(verbosity, 2)])
+
+
+def merge_options(options: dict[str, Any]) -> MergeOptions:
+    """Start logging, and return the shared options' values as mergekit takes them.
+
+    This imports mergekit, which takes seconds: refuse wrong usage before.
+    """
+    start_logging(options.pop("verbosity"))
+
+    from mergekit.options import MergeOptions
+
+    return MergeOptions(**options)
