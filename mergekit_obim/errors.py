@@ -42,6 +42,10 @@ class SaliencyNotFoundError(ObimError, FileNotFoundError):
         return self.message
 
 
+class AdapterError(ObimError, ValueError):
+    """An adapter that cannot be merged into the model that it is given."""
+
+
 class CalibrationError(ObimError, ValueError):
     """Calibration data or a calibration run that cannot give a saliency."""
 

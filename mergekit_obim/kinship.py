@@ -16,8 +16,9 @@ from mergekit.io import LazyTensorLoader
 from mergekit.options import MergeOptions
 from tqdm import tqdm
 
-from mergekit_obim.errors import RecipeError, UnscorableError, one_line
+from mergekit_obim.errors import ObimError, RecipeError, UnscorableError, one_line
 from mergekit_obim.kernels.kinship import Moments, moments
+from mergekit_obim.models.adapters import merged
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import block_of
 
@@ -138,11 +139,13 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
 
 def _open(model: str, options: MergeOptions) -> LazyTensorLoader:
     try:
-        reference = ModelReference.parse(model).merged(
-            cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code
+        reference = merged(
+            ModelReference.parse(model), options.lora_merge_cache, options.trust_remote_code
         )
         return reference.lazy_loader(cache_dir=options.transformers_cache, lazy_unpickle=False)
-    except Exception as error:  # mergekit, peft and the Hub raise many kinds
+    except ObimError:
+        raise
+    except Exception as error:  # mergekit and the Hub raise many kinds
         raise RecipeError(
             f"model {model}: cannot be read: {one_line(error)}; write a folder or a Hugging Face "
             "name"

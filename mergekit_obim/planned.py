@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
+from mergekit_obim.models.adapters import trust_by_content
 
 
 def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
@@ -41,6 +42,7 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
     Raises:
         ObimError: The recipe or the models cannot be merged; whatever mergekit raises, in a line.
     """
+    trust_by_content()
     LoaderCache().setup(options=options)
     try:
         info = get_architecture_info(config, options)

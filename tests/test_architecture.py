@@ -28,7 +28,7 @@ ROOMS = {
         *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim.errors"),
     },
     "mergekit_obim.models": {
-        *("mergekit", "torch", "transformers", "mergekit_obim.errors"),
+        *("filelock", "mergekit", "safetensors", "torch", "transformers", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.saliency"),
     },
     "mergekit_obim.calibration": {
@@ -42,7 +42,9 @@ ROOMS = {
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
         "mergekit_obim.saliency",
     },
-    "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
+    "mergekit_obim.planned": {
+        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors", "mergekit_obim.models"),
+    },
     "mergekit_obim.kinship": {
         *("mergekit", "torch", "tqdm", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.models"),

@@ -38,6 +38,7 @@ from mergekit_obim.errors import (
     refuse_quantised,
 )
 from mergekit_obim.kernels.scores import task_vector
+from mergekit_obim.models.adapters import merged
 from mergekit_obim.models.checkpoint import Skim, tensor_of
 from mergekit_obim.models.names import stored_parts, weight_names
 from mergekit_obim.saliency.file import (
@@ -264,20 +265,15 @@ class _Weights:
     """An expert's checkpoint as mergekit reads it, adapters merged into it."""
 
     def __init__(self, label: str, reference: ModelReference, options: RunOptions):
-        if reference.lora and not options.lora_merge_cache:
-            raise CalibrationError(
-                f"model {label}: an adapter has to be merged into its model first: give "
-                "--lora-merge-cache DIR, and the same to mergekit-yaml"
-            )
         self.label = label
         try:
-            self.merged = reference.merged(
-                cache_dir=options.lora_merge_cache, trust_remote_code=options.trust_remote_code
-            )
+            self.merged = merged(reference, options.lora_merge_cache, options.trust_remote_code)
             self.loader: LazyTensorLoader = self.merged.lazy_loader(
                 cache_dir=options.transformers_cache, lazy_unpickle=False
             )
-        except Exception as error:  # whatever transformers, peft, or the Hub raise
+        except ObimError:
+            raise
+        except Exception as error:  # whatever mergekit or the Hub raise
             raise CalibrationError(f"model {label}: cannot be read: {quoted(error)}") from error
 
     @property

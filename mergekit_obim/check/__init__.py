@@ -1,6 +1,7 @@
 """What would go wrong with a recipe, all of it, before anything is loaded.
 
 ``keys``      the recipe as it is written
+``adapters``  what its adapters are to their models
 ``models``    what its models are to each other, and what the planner makes of them
 ``estimate``  what it will cost
 
@@ -22,6 +23,7 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, open_model, prepare_expert
 from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
+from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
 from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
 from mergekit_obim.check.models import (
@@ -100,6 +102,7 @@ def check(
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
+    check_adapters(config, out_dir, options, verdict)
     models = open_models(config, options, verdict)
     check_models(config, models, verdict)
     missing = check_plan(config, models, out_dir, options, verdict)

@@ -100,12 +100,13 @@ def wrong_settings(config: MergeConfiguration, method: MergeMethod) -> Iterator[
     """What is wrong with the method's parameters, a line each; only ours are looked at."""
     if not isinstance(method, PlannedMethod):
         return
-    for where, settings, scope in _settings(config):
+    for where, settings, scope in settings_in(config):
         for _, error in setting_faults(method, where, settings, scope):
             yield error.message
 
 
-def _settings(config: MergeConfiguration) -> Iterator[tuple[str, Any, ParameterScope]]:
+def settings_in(config: MergeConfiguration) -> Iterator[tuple[str, Any, ParameterScope]]:
+    """Yield every place of a recipe that parameters may stand in, what does, and whose they are."""
     shared, per_expert = ParameterScope.SHARED, ParameterScope.NON_BASE
     yield "parameters", config.parameters, shared
     parts: list[Any] = [config, *(config.modules or {}).values()]

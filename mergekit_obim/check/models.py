@@ -20,8 +20,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.run import open_model
 from mergekit_obim.check.verdict import Verdict
-from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
+from mergekit_obim.errors import (
+    AdapterError,
+    ObimError,
+    SaliencyFileError,
+    SaliencyNotFoundError,
+)
 from mergekit_obim.methods.planning import finding_all
+from mergekit_obim.models.adapters import look_up
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import plan
 
@@ -54,9 +60,10 @@ def absent(reference: ModelReference, options: RunOptions) -> str | None:
     if reference.lora:
         if not options.lora_merge_cache:
             return None  # which is told as a fault
-        identity = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
-        merged = Path(options.lora_merge_cache) / identity
-        return None if merged.exists() else "the adapter has not been merged into its model yet"
+        try:
+            return look_up(reference, options.lora_merge_cache).lacking
+        except AdapterError:
+            return "it has not been merged"  # why not is told as a fault
     if Path(reference.model.path).exists():
         return None
     try:

@@ -2,6 +2,7 @@
 
 ``parameters``  what a recipe may say
 ``saliency``    an expert's stored saliency, fit to the merged tensor
+``hooks``       what has to be seen to before that
 ``planning``    finding everything that can be wrong before a tensor is merged
 ``base``        what the methods do alike when they merge
 """
@@ -14,6 +15,7 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
 from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
+from mergekit_obim.methods.hooks import watch_recipes
 from mergekit_obim.methods.obim import OBIM
 from mergekit_obim.methods.obm_sign import OBM_SIGN
 from mergekit_obim.methods.pcb import PCB
@@ -27,6 +29,7 @@ METHODS: tuple[MergeMethod, ...] = (OBIM, TIES_OBM, OBM_SIGN, REGMEAN_DIAG, CONS
 
 def register() -> None:
     """Make the methods known to mergekit; doing it again changes nothing."""
+    watch_recipes()
     known = {method.spec.name: method for method in merge_methods.registered_methods()}
     for method in METHODS:
         other = known.get(method.spec.name)
