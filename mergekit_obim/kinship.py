@@ -21,6 +21,7 @@ from mergekit_obim.kernels.kinship import Moments, moments
 from mergekit_obim.models.adapters import merged
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import block_of
+from mergekit_obim.models.references import written_in_two_ways
 
 # Files are let go of after so many bytes were read, as their pages count as this process's.
 _OPEN_BYTES = 1 << 28
@@ -95,6 +96,8 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
         raise RecipeError(
             f"model {twice}: is named twice; name each model once, and the base apart"
         )
+    if line := written_in_two_ways([*models, base]):
+        raise RecipeError(line)
     start = _open(base, options)
     experts = [_open(model, options) for model in models]
     found = Kinship(base, list(models), Moments.zero(len(models)))

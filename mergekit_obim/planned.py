@@ -50,7 +50,8 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
         like = config.base_model or config.referenced_models()[0]
         out = like.config(trust_remote_code=options.trust_remote_code)
         # The planner rewrites the recipe that it is given.
-        planner = MergePlanner(config.model_copy(deep=True), info, options, out)
+        no_card = options.model_copy(update={"write_model_card": False})
+        planner = MergePlanner(config.model_copy(deep=True), info, no_card, out)
         # Nothing is written before a task is run; `plan_in_memory` fails in mergekit 0.1.5.
         tasks = planner.plan_to_disk("")
     except ObimError:

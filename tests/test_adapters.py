@@ -21,7 +21,6 @@ import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim.errors import AdapterError
 from mergekit_obim.models import adapters
-from mergekit_obim.models.references import identity
 from mergekit_obim.saliency.file import saliency_file_name
 
 WIDTH = checkpoints.HIDDEN
@@ -440,17 +439,3 @@ def test_adapters_of_peft_with_more_than_factors(setting: Setting) -> None:
     moved = base + change_of(setting.adapter)
     expected = 2 * moved / moved.norm(dim=1, keepdim=True)
     torch.testing.assert_close(tensors[f"{Q_PROJ}.weight"], expected)
-
-
-# --- references ------------------------------------------------------------------------------
-
-
-def test_identity_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-    spellings = ["a", "./a", "a/", ".//a", str(tmp_path / "a"), "b/../a"]
-    assert len({identity(spelling) for spelling in spellings}) == 1
-    assert identity("./a+b") == identity("a/+./b") != identity("a")
-    different = ["a", "b", "c", "./c", "a@v1", "org/a", "a+b", "b+a"]
-    assert len({identity(one) for one in different}) == len(different)

@@ -38,7 +38,7 @@ ROOMS = {
         "mergekit_obim.saliency",
     },
     "mergekit_obim.methods": {
-        *("mergekit", "numpy", "pydantic", "torch"),
+        *("huggingface_hub", "mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
         "mergekit_obim.saliency",
     },

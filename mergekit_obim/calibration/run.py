@@ -41,6 +41,7 @@ from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.adapters import merged
 from mergekit_obim.models.checkpoint import Skim, tensor_of
 from mergekit_obim.models.names import stored_parts, weight_names
+from mergekit_obim.models.references import identity
 from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,
@@ -475,9 +476,10 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
             return None
         raise SaliencyFileError(f"model {wanted.model}: {error.message}") from error
     has, wants = there.metadata, wanted
-    differing = [
+    differing = ["model"] if identity(has.model) != identity(wants.model) else []
+    differing += [
         name
-        for name in ("model", "revision", "form", "fingerprint")
+        for name in ("revision", "form", "fingerprint")
         if getattr(has, name) != getattr(wants, name)
     ]
     differing += [

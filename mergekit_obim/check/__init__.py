@@ -37,6 +37,7 @@ from mergekit_obim.check.models import (
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.methods.recipes import card_doubts
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import read_config
 
@@ -102,6 +103,7 @@ def check(
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
+    verdict.warnings += card_doubts(config)
     check_adapters(config, out_dir, options, verdict)
     models = open_models(config, options, verdict)
     check_models(config, models, verdict)
@@ -192,9 +194,6 @@ def _estimate(
     try:
         merged = dtype_from_name(config.dtype) or stored
         written = dtype_from_name(config.out_dtype) or merged
-    except RuntimeError as error:
-        verdict.faults.append(
-            f"dtype: {one_line(error)}; mergekit knows float32, bfloat16, float16"
-        )
-        return
+    except RuntimeError:
+        return  # which is told as a fault
     verdict.cost["mergekit-yaml"] = merge_cost(shapes, experts, merged, written)

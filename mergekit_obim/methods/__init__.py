@@ -2,6 +2,7 @@
 
 ``parameters``  what a recipe may say
 ``saliency``    an expert's stored saliency, fit to the merged tensor
+``recipes``     what mergekit finds out only in the middle of the merge
 ``hooks``       what has to be seen to before that
 ``planning``    finding everything that can be wrong before a tensor is merged
 ``base``        what the methods do alike when they merge

@@ -37,9 +37,11 @@ from mergekit.merge_methods.base import (
 
 from mergekit_obim.errors import ObimError, RecipeError, refuse_quantised
 from mergekit_obim.methods.parameters import PLANNED
+from mergekit_obim.methods.recipes import card_doubts, dtype_faults, recipe_wide_faults
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.references import written_in_two_ways
 from mergekit_obim.models.relation import relate
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import check_measured_on
@@ -296,6 +298,8 @@ def _checked_plan_module(original: Any) -> Any:
         if not isinstance(planner._method, PlannedMethod):
             original(planner, module_name, definition)
             return
+        if not planner._tensors:  # the first of its modules
+            _check_whole(planner)
         for model in planner.config.referenced_models():
             trust = planner.options.trust_remote_code
             refuse_quantised(str(model), model.config(trust_remote_code=trust))
@@ -308,6 +312,15 @@ def _checked_plan_module(original: Any) -> Any:
             _warn_of_strangers(planner._tensors[first:])
 
     return plan_module
+
+
+def _check_whole(planner: Any) -> None:
+    """Check what is the same for all of a recipe's modules, and not a parameter."""
+    for error in recipe_wide_faults(planner.config):
+        _refuse(error)
+    if planner.options.write_model_card and not _FINDINGS.get():
+        for line in card_doubts(planner.config):
+            LOG.warning(line)
 
 
 def _check_recipe(method: PlannedMethod, config: Any, definition: Any) -> None:
@@ -542,6 +555,10 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod):
             return shared, per_input
+        for error in dtype_faults({"dtype": config.dtype, "out_dtype": config.out_dtype}):
+            raise error
+        if line := written_in_two_ways([config.base_model, *(m.model for m in config.models)]):
+            raise RecipeError(line)
         _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
         for definition in config.models:
             if definition.model == config.base_model:

@@ -1,8 +1,12 @@
-"""Telling whether two model references mean one model, however its folder is written."""
+"""Telling whether two model references mean one model, however its folder is written.
+
+Imports nothing heavy: a recipe is read before mergekit is imported.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 
 def identity(reference: str) -> str:
@@ -20,3 +24,20 @@ def identity(reference: str) -> str:
 def _identity(part: str) -> str:
     path, at, revision = part.partition("@")
     return (os.path.realpath(path) if os.path.exists(path) else path) + at + revision
+
+
+def written_in_two_ways(references: Iterable[str]) -> str | None:
+    """A line on a model that is written in two ways, if one is among a recipe's models.
+
+    Args:
+        references: The recipe's models, with its base.
+    """
+    ways: dict[str, str] = {}
+    for reference in sorted(set(references)):
+        other = ways.setdefault(identity(reference), reference)
+        if other != reference:
+            return (
+                f"models {other} and {reference} are one and the same, but mergekit takes them for "
+                "two: write the model in one way, and list it once"
+            )
+    return None
