@@ -46,6 +46,10 @@ class CheckpointError(ObimError, ValueError):
     """A model that cannot be read, or whose tensors are not what its configuration says."""
 
 
+class AdapterError(ObimError, ValueError):
+    """An adapter that cannot be merged into the model that it is given."""
+
+
 class CalibrationError(ObimError, ValueError):
     """Calibration data or a calibration run that cannot give a saliency."""
 

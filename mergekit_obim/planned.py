@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
+from mergekit_obim.models.adapters import trust_by_content
 
 
 def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
@@ -49,6 +50,7 @@ def plan(
     Raises:
         ObimError: The recipe or the models cannot be merged; whatever mergekit raises, in a line.
     """
+    trust_by_content()
     LoaderCache().setup(options=options)
     try:
         find = mergekit.architecture.get_architecture_info
@@ -57,7 +59,8 @@ def plan(
         like = config.base_model or config.referenced_models()[0]
         out = like.config(trust_remote_code=options.trust_remote_code)
         # The planner rewrites the recipe that it is given.
-        planner = MergePlanner(config.model_copy(deep=True), info, options, out)
+        no_card = options.model_copy(update={"write_model_card": False})
+        planner = MergePlanner(config.model_copy(deep=True), info, no_card, out)
         # Nothing is written before a task is run; `plan_in_memory` fails in mergekit 0.1.5.
         tasks = planner.plan_to_disk("")
     except ObimError:

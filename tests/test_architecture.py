@@ -29,7 +29,7 @@ ROOMS = {
     },
     "mergekit_obim.models": {
         *("huggingface_hub", "mergekit", "safetensors", "torch", "transformers"),
-        "mergekit_obim.errors",
+        *("filelock", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.saliency"),
     },
     "mergekit_obim.calibration": {
@@ -39,11 +39,13 @@ ROOMS = {
         "mergekit_obim.saliency",
     },
     "mergekit_obim.methods": {
-        *("mergekit", "numpy", "pydantic", "torch"),
+        *("huggingface_hub", "mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
         "mergekit_obim.saliency",
     },
-    "mergekit_obim.planned": {"mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"},
+    "mergekit_obim.planned": {
+        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors", "mergekit_obim.models"),
+    },
     "mergekit_obim.kinship": {
         *("mergekit", "torch", "tqdm", "yaml", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.saliency"),

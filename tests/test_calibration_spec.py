@@ -288,7 +288,8 @@ modules:
 def test_two_calibrations_of_one_expert() -> None:
     config = recipe("a.txt", "b.txt")
     config["models"][1]["model"] = "e0"
-    assert error_of(config) == "e0: has two different calibrations; keep one of them"
+    twice = "model e0 is listed twice in models: list each expert once"
+    assert error_of(config) == f"{twice}; e0: has two different calibrations; keep one of them"
 
 
 def test_base_missing() -> None:

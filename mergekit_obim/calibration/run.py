@@ -38,6 +38,7 @@ from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.loaded import check_loaded
 from mergekit_obim.models.names import stored_parts, weight_names
 from mergekit_obim.models.opened import OpenModel, open_model, refuse_code
+from mergekit_obim.models.references import identity
 from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,
@@ -382,9 +383,10 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
             return None
         raise SaliencyFileError(f"model {wanted.model}: {error.message}") from error
     has, wants = there.metadata, wanted
-    differing = [
+    differing = ["model"] if identity(has.model) != identity(wants.model) else []
+    differing += [
         name
-        for name in ("model", "revision", "form", "fingerprint")
+        for name in ("revision", "form", "fingerprint")
         if getattr(has, name) != getattr(wants, name)
     ]
     differing += [

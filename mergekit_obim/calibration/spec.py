@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from mergekit_obim.errors import RecipeError
+from mergekit_obim.models.references import identity, written_in_two_ways
 
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
 
@@ -203,6 +204,8 @@ def find_experts(
     found = _find_models(config, faults)
     if not found and not faults:
         faults.append("the recipe has no model besides the base: list the experts under models")
+    known = {identity(model): model for model in found}
+    only = [known.get(identity(model), model) for model in only]
     for model in only:
         if model not in found:
             faults.append(
@@ -286,16 +289,22 @@ def _find_models(config: Mapping[str, Any], faults: list[str]) -> dict[str, list
     """Every expert's entries in the recipe, by reference; what can't be read goes to faults."""
     top_base = _read_reference(config.get("base_model"), "base_model", faults)
     found: dict[str, list[dict[str, Any]]] = {}
+    listed: set[tuple[str, str]] = set()
+    named = {top_base}
     base_missing = False
     for where, entry, slice_base in _model_entries(config, faults):
         model = _read_reference(entry.get("model"), where, faults)
         in_slice = where.endswith("sources")
         base = _read_reference(slice_base, where, faults) or top_base
         base_missing |= base is None
+        named |= {base, model}
         if model is None:
             if entry.get("model") is None:
                 faults.append(f"{where}: an entry has no 'model'")
         elif model != base:
+            if not in_slice and (where, model) in listed:
+                faults.append(f"model {model} is listed twice in {where}: list each expert once")
+            listed.add((where, model))
             found.setdefault(model, []).append(dict(entry))
         elif not in_slice:
             faults.append(
@@ -306,6 +315,8 @@ def _find_models(config: Mapping[str, Any], faults: list[str]) -> dict[str, list
             "the recipe has no base_model: add 'base_model: …', the model that the "
             "experts were fine-tuned from"
         )
+    if line := written_in_two_ways(filter(None, named)):
+        faults.append(line)
     return found
 
 

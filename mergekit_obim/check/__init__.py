@@ -1,6 +1,7 @@
 """What would go wrong with a recipe, all of it, before anything is loaded.
 
 ``keys``      the recipe as it is written
+``adapters``  what its adapters are to their models
 ``models``    what its models are to each other, and what the planner makes of them
 ``estimate``  what it will cost
 
@@ -22,12 +23,14 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
 from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
+from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
 from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
 from mergekit_obim.check.models import check_models, check_plan, experts_of
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.methods.recipes import card_doubts
 from mergekit_obim.models.inspection import Opened
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.models.relation import relate
@@ -90,6 +93,8 @@ def check(
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
+    verdict.warnings += card_doubts(config)
+    check_adapters(config, out_dir, options, verdict)
     opened = check_models(config, options, verdict)
     missing = check_plan(config, opened, out_dir, options, verdict)
     to_measure = [
@@ -180,9 +185,6 @@ def _estimate(
     try:
         merged = dtype_from_name(config.dtype) or stored
         written = dtype_from_name(config.out_dtype) or merged
-    except RuntimeError as error:
-        verdict.faults.append(
-            f"dtype: {one_line(error)}; mergekit knows float32, bfloat16, float16"
-        )
-        return
+    except RuntimeError:
+        return  # which is told as a fault
     verdict.cost["mergekit-yaml"] = merge_cost(shapes, experts, merged, written)

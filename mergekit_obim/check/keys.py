@@ -19,6 +19,7 @@ from mergekit.tokenizer.config import TokenizerConfig
 from pydantic import BaseModel
 
 from mergekit_obim.methods.planning import PlannedMethod, setting_faults
+from mergekit_obim.methods.recipes import recipe_wide_faults
 
 # What stands in a recipe where, as mergekit reads it; `calibration` is the pre-pass's.
 _CALIBRATED = (MergeConfiguration, InputModelDefinition, InputSliceDefinition)
@@ -97,15 +98,18 @@ def method_of(config: MergeConfiguration) -> MergeMethod:
 
 
 def wrong_settings(config: MergeConfiguration, method: MergeMethod) -> Iterator[str]:
-    """What is wrong with the method's parameters, a line each; only ours are looked at."""
+    """What is wrong with a recipe's values, a line each; of parameters, only with our methods'."""
+    for error in recipe_wide_faults(config):
+        yield error.message
     if not isinstance(method, PlannedMethod):
         return
-    for where, settings, scope in _settings(config):
+    for where, settings, scope in settings_in(config):
         for _, error in setting_faults(method, where, settings, scope):
             yield error.message
 
 
-def _settings(config: MergeConfiguration) -> Iterator[tuple[str, Any, ParameterScope]]:
+def settings_in(config: MergeConfiguration) -> Iterator[tuple[str, Any, ParameterScope]]:
+    """Yield every place of a recipe that parameters may stand in, what does, and whose they are."""
     shared, per_expert = ParameterScope.SHARED, ParameterScope.NON_BASE
     yield "parameters", config.parameters, shared
     parts: list[Any] = [config, *(config.modules or {}).values()]

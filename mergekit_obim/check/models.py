@@ -10,7 +10,11 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.check.verdict import Verdict
-from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
+from mergekit_obim.errors import (
+    ObimError,
+    SaliencyFileError,
+    SaliencyNotFoundError,
+)
 from mergekit_obim.methods.planning import finding_all
 from mergekit_obim.models.inspection import (
     Opened,

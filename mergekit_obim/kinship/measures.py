@@ -19,8 +19,10 @@ from mergekit_obim.errors import CheckpointError, RecipeError, UnscorableError
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
 from mergekit_obim.models.checkpoint import Skim
+from mergekit_obim.models.files import read_headers
 from mergekit_obim.models.layers import block_of
-from mergekit_obim.models.opened import open_model
+from mergekit_obim.models.opened import open_checkpoint
+from mergekit_obim.models.references import written_in_two_ways
 
 
 @dataclass
@@ -91,6 +93,8 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
     if len(set(models)) < len(models) or base in models:
         twice = next(m for m in (*models, base) if [*models, base].count(m) > 1)
         raise RecipeError(f"model {twice}: is named twice; name each model once, and not the base")
+    if line := written_in_two_ways([*models, base]):
+        raise RecipeError(line)
     found = Kinship(base, list(models), Moments.zero(len(models)))
     start, *experts = (Skim(_open(model, options), of=len(models) + 1) for model in (base, *models))
     names = start.loader.index.tensor_paths
@@ -127,11 +131,11 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
 
 
 def _open(model: str, options: MergeOptions) -> LazyTensorLoader:
-    opened = open_model(ModelReference.parse(model), options)
-    for finding in opened.findings():
-        if finding.severity == "error":
-            raise CheckpointError(finding.message)
-    return opened.loader
+    _, loader = open_checkpoint(ModelReference.parse(model), options)
+    _, faults = read_headers(loader.index)
+    if faults:
+        raise CheckpointError(f"model {model}: {'; '.join(faults)}")
+    return loader
 
 
 def _incomparable(

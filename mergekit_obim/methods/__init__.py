@@ -3,6 +3,7 @@
 ``parameters``  what a recipe may say
 ``saliency``    an expert's stored saliency, fit to the merged tensor
 ``preflight``   inspecting the models before mergekit opens them
+``recipes``     what mergekit finds out only in the middle of the merge
 ``planning``    finding everything that can be wrong before a tensor is merged
 ``base``        what the methods do alike when they merge
 """

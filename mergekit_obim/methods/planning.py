@@ -38,9 +38,11 @@ from mergekit.merge_methods.base import (
 from mergekit_obim.errors import ObimError, RecipeError
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.preflight import inspect_files
+from mergekit_obim.methods.recipes import dtype_faults
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.references import written_in_two_ways
 from mergekit_obim.models.relation import relate
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import check_measured_on
@@ -543,6 +545,10 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod):
             return shared, per_input
+        for error in dtype_faults({"dtype": config.dtype, "out_dtype": config.out_dtype}):
+            raise error
+        if line := written_in_two_ways([config.base_model, *(m.model for m in config.models)]):
+            raise RecipeError(line)
         _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
         for definition in config.models:
             if definition.model == config.base_model:

@@ -43,10 +43,11 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         CheckpointError: Some cannot; the message names them all, and what to do.
     """
     # Imported here: whoever merges with another method should not wait for it.
+    from mergekit_obim.methods.recipes import card_doubts, recipe_wide_faults
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
 
-    errors = []
+    errors = [error.message for error in recipe_wide_faults(config)]
     models = {}
     for reference in sorted(config.referenced_models(), key=str):
         try:
@@ -64,6 +65,9 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
             errors.append(finding.message)
         else:
             LOG.warning(finding.message)
+    if options.write_model_card:
+        for line in card_doubts(config):
+            LOG.warning(line)
     if errors:
         raise CheckpointError("; ".join(errors))
 
@@ -82,10 +86,13 @@ def inspect_files(paths: Collection[str]) -> None:
 
 
 def _inspecting(original: Callable[..., Any], method_names: frozenset[str]) -> Callable[..., Any]:
+    from mergekit_obim.models.adapters import trust_by_content
+
     @functools.wraps(original)
     def get_architecture_info(config: Any, options: MergeOptions) -> Any:
         if getattr(config, "merge_method", None) not in method_names:
             return original(config, options)
+        trust_by_content()
         inspect_recipe(config, options)
         try:
             return original(config, options)

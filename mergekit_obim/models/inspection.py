@@ -15,7 +15,8 @@ from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
-from mergekit_obim.errors import ObimError
+from mergekit_obim.errors import AdapterError, ObimError
+from mergekit_obim.models.adapters import look_up
 from mergekit_obim.models.completeness import completeness
 from mergekit_obim.models.findings import Finding
 from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
@@ -70,9 +71,10 @@ def absent(reference: ModelReference, access: Access) -> str:
     if reference.lora:
         if not access.lora_merge_cache:
             return ""  # which opening tells as an error
-        identity = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
-        merged = Path(access.lora_merge_cache) / identity
-        return "" if merged.exists() else "the adapter has not been merged into its model yet"
+        try:
+            return look_up(reference, access.lora_merge_cache).lacking or ""
+        except AdapterError:
+            return "it has not been merged"  # why not is told as an error
     if Path(reference.model.path).exists():
         return ""
     try:

@@ -17,7 +17,8 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
-from mergekit_obim.errors import CheckpointError, ObimError, quoted
+from mergekit_obim.errors import CheckpointError, quoted
+from mergekit_obim.models.adapters import merged as merge_adapter
 from mergekit_obim.models.checkpoint import Skim, tensor_of
 from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
 from mergekit_obim.models.findings import Finding
@@ -185,29 +186,35 @@ def open_model(reference: ModelReference, access: Access) -> OpenModel:
 
     Raises:
         CheckpointError: It cannot be read; the message names the file where one is to blame.
+        AdapterError: Its adapter cannot be merged into it.
     """
     config = open_config(reference, access)
-    label = str(reference)
-    if reference.lora and not access.lora_merge_cache:
-        raise CheckpointError(
-            f"model {label}: an adapter has to be merged into its model first: give "
-            "--lora-merge-cache DIR, and the same to mergekit-yaml"
-        )
+    merged, loader = open_checkpoint(reference, access)
+    return OpenModel(reference, merged, config, loader)
+
+
+def open_checkpoint(
+    reference: ModelReference, access: Access
+) -> tuple[ModelReference, LazyTensorLoader]:
+    """Open a model's checkpoint, for those who need no configuration.
+
+    Returns:
+        Where the weights are, the model's adapter merged in if it has one, and their reader.
+
+    Raises:
+        CheckpointError: It cannot be read; the message names the file where one is to blame.
+        AdapterError: Its adapter cannot be merged into it.
+    """
+    merged = merge_adapter(reference, access.lora_merge_cache, access.trust_remote_code)
     try:
-        merged = reference.merged(
-            cache_dir=access.lora_merge_cache, trust_remote_code=access.trust_remote_code
-        )
         folder = Path(merged.local_path(cache_dir=access.transformers_cache))
-    except ObimError:
-        raise
-    except Exception as error:  # whatever transformers, peft, or the Hub raise
-        raise CheckpointError(f"model {label}: cannot be read: {quoted(error)}") from error
+    except Exception as error:  # whatever the Hub raises
+        raise CheckpointError(f"model {reference}: cannot be read: {quoted(error)}") from error
     try:
-        loader = LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
+        return merged, LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
     except Exception as error:  # safetensors, torch and json have kinds of their own
         why = "; ".join(why_unreadable(folder)) or quoted(error)
-        raise CheckpointError(f"model {label}: cannot be read: {why}") from error
-    return OpenModel(reference, merged, config, loader)
+        raise CheckpointError(f"model {reference}: cannot be read: {why}") from error
 
 
 def inspect_file(path: str) -> Iterator[Finding]:

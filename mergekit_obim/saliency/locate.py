@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
+from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError, quoted
 from mergekit_obim.saliency.file import PUBLISHED_NAME, SaliencyFile, saliency_file_name
 from mergekit_obim.saliency.fingerprint import matches
 
@@ -33,9 +33,11 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
     if setting is None:
         # With an adapter, the statistics belong to the adapter's folder, not to its base's.
         setting, names = model.split("+")[-1], [PUBLISHED_NAME]
-        where = f"the recipe sets no `saliency`, and {setting} carries no {PUBLISHED_NAME}"
+        place = "the recipe sets no `saliency`, and "
+        where = f"{place}{setting} carries no {PUBLISHED_NAME}"
     else:
         names = [saliency_file_name(model), PUBLISHED_NAME]
+        place = f"`saliency: {setting}`: "
         where = f"`saliency: {setting}` has no file for it"
     wanted = " or ".join(names)
     local = Path(setting)
@@ -52,10 +54,15 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         where += f" ({wanted} in {local})"
     elif hub := _HUB.fullmatch(setting):
         names = [hub["file"]] if hub["file"] else names[::-1]
-        found = _download(hub["repo"], names, hub["revision"], cache_dir)
+        found, unknown = _download(hub["repo"], names, hub["revision"], cache_dir)
         if found:
             return found
-        where += f" (nor does the Hub: {hub['repo']})"
+        if unknown:
+            raise SaliencyNotFoundError(
+                f"no saliency for model {model}: {place}{unknown}; or make one with "
+                "`obim-saliency RECIPE OUT_DIR` and set `saliency: OUT_DIR`"
+            )
+        where += f" (nor does the Hub: {hub['repo']} has no {' or '.join(names)})"
     raise SaliencyNotFoundError(
         f"no saliency for model {model}: {where}; make one with `obim-saliency RECIPE OUT_DIR` and "
         "set `saliency: OUT_DIR`, or use `criterion: magnitude`"
@@ -64,16 +71,78 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
 
 def _download(
     repo: str, names: list[str], revision: str | None, cache_dir: str | None
-) -> Path | None:
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+) -> tuple[Path | None, str | None]:
+    """The first of these files that a repository on the Hub has.
 
+    Returns:
+        Where it is now; and if it is nowhere, why it may be on the Hub all the same, with what to
+        do about that. None of both if the repository is known not to have it.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    unknown = None
     for name in names:
         try:
-            return Path(hf_hub_download(repo, name, revision=revision, cache_dir=cache_dir))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError):
+            found = hf_hub_download(
+                repo,
+                name,
+                revision=revision,
+                cache_dir=cache_dir,
+                local_files_only=unknown is not None,  # it waits half a minute for an answer
+            )
+            return Path(found), None
+        except LocalEntryNotFoundError as error:  # the Hub did not answer, but may have before
+            if not _known_to_lack(repo, name, revision, cache_dir):
+                unknown = unknown or _why(error.__cause__ or error, repo, revision)
+        except (EntryNotFoundError, HFValidationError):
             continue
-    return None
+        except Exception as error:  # the Hub's many kinds, and those of the network and the disk
+            return None, _why(error, repo, revision)
+    return None, unknown
+
+
+def _known_to_lack(repo: str, name: str, revision: str | None, cache_dir: str | None) -> bool:
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
+    return cached is _CACHED_NO_EXIST
+
+
+def _why(error: BaseException, repo: str, revision: str | None) -> str:
+    """Why the Hub gave no file, and what to do about it."""
+    from huggingface_hub import constants, errors
+
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, errors.GatedRepoError):
+        return (
+            f"{repo} on the Hub is gated, and you have no access: ask for it at "
+            f"{constants.ENDPOINT}/{repo}, then log in by `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            f"the Hub has no {repo}, or it is private: mend the name, or log in by `hf auth login` "
+            "as someone who may read it"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{repo} on the Hub has no revision {revision}: mend what stands after the @"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return f"{repo} on the Hub was not asked, as HF_HUB_OFFLINE is set, and no copy is cached"
+    if status in (401, 403):
+        return (
+            f"the Hub refuses to give {repo} ({quoted(error)}): log in by `hf auth login` as "
+            "someone who may read it"
+        )
+    if status is not None:
+        return f"the Hub failed with status {status} when asked for {repo}: try again later"
+    return (
+        f"{repo} cannot be had from the Hub at {constants.ENDPOINT} ({quoted(error)}): try again "
+        "when that is mended"
+    )
 
 
 def open_saliency(path: Path) -> SaliencyFile:

@@ -1,0 +1,80 @@
+"""What can be said of a recipe's adapters without merging them."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+from mergekit.common import ModelPath, ModelReference
+from mergekit.config import MergeConfiguration
+
+from mergekit_obim.calibration.options import RunOptions
+from mergekit_obim.check.keys import settings_in
+from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.errors import ObimError
+from mergekit_obim.methods.saliency import saliency_of
+from mergekit_obim.models.adapters import check_adapter, doubts, look_up
+from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.saliency.file import SaliencyFile, saliency_file_name
+from mergekit_obim.saliency.locate import check_measured_on
+
+
+def check_adapters(
+    config: MergeConfiguration, out_dir: Path | None, options: RunOptions, verdict: Verdict
+) -> None:
+    """Find adapters that do not fit their models, and saliency of what they were before.
+
+    Args:
+        config: The recipe.
+        out_dir: Where the pre-pass is going to write, if that is what comes next.
+        options: The pre-pass's.
+        verdict: Where to put what is found.
+    """
+    if not options.lora_merge_cache:
+        return  # which is told where models are opened
+    for reference in sorted(config.referenced_models(), key=str):
+        if not reference.lora:
+            continue
+        try:
+            there = look_up(reference, options.lora_merge_cache)
+            if there.lacking:
+                check_adapter(reference)
+            verdict.warnings += doubts(reference)
+        except ObimError as error:
+            verdict.faults.append(error.message)
+            continue
+        if not there.changed or (out_dir and options.overwrite):
+            continue
+        file = _saliency_file(config, reference, out_dir)
+        if file and _was_measured_on(file, reference, there.folder):
+            verdict.faults.append(
+                f"{file.path} was measured on other weights than model {reference} has: "
+                f"{there.lacking}; measure this model with `obim-saliency RECIPE OUT_DIR "
+                "--overwrite`"
+            )
+
+
+def _saliency_file(
+    config: MergeConfiguration, reference: ModelReference, out_dir: Path | None
+) -> SaliencyFile | None:
+    """The file that is there for an expert, if its setting names one plainly."""
+    try:
+        if out_dir:
+            return SaliencyFile(out_dir / saliency_file_name(str(reference)))
+        found = {where: (given or {}).get("saliency") for where, given, _ in settings_in(config)}
+        setting = found.get(f"model {reference}") or found["parameters"]
+        return saliency_of(reference, setting) if isinstance(setting, str | None) else None
+    except ObimError:
+        return None  # the plan tells what is wrong with it, or it has yet to be made
+
+
+def _was_measured_on(file: SaliencyFile, reference: ModelReference, folder: Path) -> bool:
+    """Whether a file was measured on what a merged adapter was before its parts changed."""
+    loader = ModelReference(model=ModelPath(path=str(folder))).lazy_loader(lazy_unpickle=False)
+    try:
+        check_measured_on(
+            file, str(reference), loader.index.tensor_paths, partial(tensor_of, loader)
+        )
+    except ObimError:
+        return False
+    return bool(file.metadata.fingerprint)

@@ -1,0 +1,366 @@
+"""Adapters merged into their models: what is kept of them is trusted by what it was made from.
+
+A recipe's ``model+adapter`` is merged once, into a folder of ``--lora-merge-cache``, and read from
+there by both commands. mergekit takes any folder of that name for the merged model: also the empty
+one that a failed merge leaves, the half of one that a killed merge leaves, and the one that was
+made before the adapter was trained again. Here the folder holds a record of what it was made from,
+and is used only while adapter and model are still that. Otherwise it is made anew, by mergekit's
+own function, beside its place, and moved there when it is whole.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from mergekit.common import ModelPath, ModelReference
+from safetensors import safe_open
+from transformers.utils.hub import cached_file, extract_commit_hash
+
+from mergekit_obim.errors import AdapterError, ObimError, quoted
+from mergekit_obim.models.layers import block_of
+from mergekit_obim.models.references import identity
+from mergekit_obim.saliency.file import PUBLISHED_NAME
+from mergekit_obim.saliency.fingerprint import sample
+
+LOG = logging.getLogger("mergekit_obim")
+
+RECORD = "obim_merged_from.json"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order that peft looks
+_merge_by_mergekit = ModelReference.merged
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class MergedAdapter:
+    """The place of a merged adapter, and whether what is there can be used.
+
+    Attributes:
+        folder: Where mergekit looks for it.
+        lacking: Why it has to be made, or made anew; None if it can be used as it is.
+        changed: It is whole and was made by us, but its adapter or its model is another now.
+    """
+
+    folder: Path
+    lacking: str | None = None
+    changed: bool = False
+
+
+def trust_by_content() -> None:
+    """Have mergekit find and make merged adapters by :func:`merged`, in this process."""
+    ModelReference.merged = merged  # type: ignore[assignment, method-assign]
+
+
+def merged(
+    reference: ModelReference,
+    cache_dir: str | None = None,
+    trust_remote_code: bool = False,
+    lora_merge_dtype: str | None = None,
+) -> ModelReference:
+    """Give a model with its adapter merged in, which is made first if it is not there.
+
+    Args:
+        reference: A model. One without an adapter comes back as it is.
+        cache_dir: The folder of merged adapters.
+        trust_remote_code: Whether code that comes with the model may run.
+        lora_merge_dtype: The dtype to merge in; None is the model's own. A merged adapter that is
+            there is used whatever its dtype.
+
+    Raises:
+        AdapterError: The adapter cannot be merged into this model, of which nothing is left then,
+            or there is no folder for the result.
+    """
+    if not reference.lora:
+        return reference
+    if not cache_dir:
+        raise AdapterError(
+            f"model {reference}: an adapter has to be merged into its model first: give "
+            "--lora-merge-cache DIR, and the same to mergekit-yaml"
+        )
+    there = look_up(reference, cache_dir)
+    if there.lacking:
+        check_adapter(reference)
+        with _in_one_line(reference), _locked(there.folder):
+            # Another process may have made it while this one waited.
+            there = look_up(reference, cache_dir)
+            if there.lacking:
+                _make(reference, there, trust_remote_code, lora_merge_dtype)
+    return ModelReference(model=ModelPath(path=str(there.folder)))
+
+
+@contextmanager
+def _in_one_line(reference: ModelReference) -> Iterator[None]:
+    try:
+        yield
+    except ObimError:
+        raise
+    except Exception as error:  # transformers, peft, the Hub and the disk raise many kinds
+        raise AdapterError(
+            f"model {reference}: the adapter cannot be merged into its model: {quoted(error)}"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Be the only process that makes this folder."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = folder.with_name(f".{folder.name}.lock")
+    with FileLock(lock):
+        try:
+            yield
+        finally:
+            # Whoever waits for a lock file that is gone makes another. Windows keeps it.
+            with suppress(OSError):
+                lock.unlink()
+
+
+def look_up(reference: ModelReference, cache_dir: str) -> MergedAdapter:
+    """Find whether a merged adapter is there, whole, and made of what its parts are now.
+
+    Reads the adapter whole and of the model a sample, so it takes seconds even for large models.
+
+    Raises:
+        AdapterError: The adapter or its model cannot be read.
+    """
+    assert reference.lora is not None
+    # mergekit's own name for it: what was merged by us, its other methods find too.
+    name = f"{reference.model._unique_id()}_{reference.lora._unique_id()}"
+    folder = Path(cache_dir) / name
+    if not os.path.lexists(folder):
+        return MergedAdapter(folder, "the adapter has not been merged into its model yet")
+    try:
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        made_from, whole = dict(record["made from"]), record["files"] == _sizes(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return MergedAdapter(folder, f"nothing tells what {folder} was made from")
+    if not whole:
+        return MergedAdapter(folder, f"{folder} is not what was written there")
+    with _in_one_line(reference):
+        now = _made_from(reference)
+    for part, digest in now.items():
+        if made_from.get(part) != digest:
+            return MergedAdapter(folder, f"{part} has changed since they were merged", changed=True)
+    return MergedAdapter(folder)
+
+
+def _make(
+    reference: ModelReference,
+    there: MergedAdapter,
+    trust_remote_code: bool,
+    lora_merge_dtype: str | None,
+) -> None:
+    """Merge aside, and put what was made in its place. The caller holds the lock."""
+    folder = there.folder
+    # Whoever began these held the lock, and has ended since.
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
+        shutil.rmtree(left, ignore_errors=True)
+    if os.path.lexists(folder):
+        LOG.warning("model %s: %s: merging it anew", reference, there.lacking)
+    made_from = _made_from(reference)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    try:
+        with warnings.catch_warnings():
+            # The merge would go on with none, or part, of what the adapter is to change.
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            made = Path(
+                _merge_by_mergekit(
+                    reference, str(aside), trust_remote_code, lora_merge_dtype
+                ).model.path
+            )
+        if _made_from(reference) != made_from:
+            raise AdapterError(
+                f"model {reference}: adapter or model were written to while they were merged: run "
+                "this again when that has ended"
+            )
+        record = {"made from": made_from, "files": _sizes(made)}
+        (made / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        if os.path.lexists(folder):
+            folder.rename(aside / "replaced")
+        made.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def check_adapter(reference: ModelReference) -> None:
+    """Find why an adapter cannot be merged into its model, from the headers of their files.
+
+    Raises:
+        AdapterError: It cannot be. What only merging can find goes unseen here.
+    """
+    with _in_one_line(reference):
+        config, weights = _adapter_files(reference)
+        kind = json.loads(config.read_text(encoding="utf-8"))
+        misfit = _misfit(_shapes(weights), _model_shapes(reference.model))
+    if "num_virtual_tokens" in kind:
+        raise AdapterError(
+            f"model {reference}: the adapter is of the kind {kind.get('peft_type')}, which changes "
+            "the model's inputs and not its weights: it cannot be merged; leave it out"
+        )
+    if os.path.exists(os.path.join(reference.model.path, _CONFIG)):
+        raise AdapterError(
+            f"model {reference}: {reference.model} has an {_CONFIG} beside its weights, so "
+            "transformers would load that adapter too: move its adapter files elsewhere"
+        )
+    if misfit:
+        trained_on = kind.get("base_model_name_or_path") or "another model"
+        raise AdapterError(
+            f"model {reference}: {misfit}; its {_CONFIG} says that it was trained on {trained_on}: "
+            "name the model as it was then before the +"
+        )
+
+
+def doubts(reference: ModelReference) -> Iterator[str]:
+    """Yield a line if an adapter says that it was trained on another model than it is given."""
+    with _in_one_line(reference):
+        config, _ = _adapter_files(reference)
+        trained_on = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    given = reference.model.path
+    if not isinstance(trained_on, str) or identity(trained_on) == identity(given):
+        return
+    folders = [Path(path) for path in (trained_on, given) if os.path.isdir(path)]
+    # The name that a folder here had on the Hub is not known, so it is not doubted.
+    if (
+        _sample_of(folders[0]) != _sample_of(folders[1])
+        if len(folders) == 2
+        else not folders and trained_on.lower() != given.lower()
+    ):
+        yield (
+            f"model {reference}: the adapter was trained on {trained_on}, says its {_CONFIG}: is "
+            f"{given} the same model?"
+        )
+
+
+def _misfit(adapter: Shapes, model: Shapes) -> str | None:
+    """Say which of an adapter's tensors does not fit the model, if one does not.
+
+    Only names that the model's files have too are compared: transformers may rename the others.
+    """
+    blocks = {block_of(name) for name in model}
+    stacks = {block[0] for block in blocks if block}
+    for key, shape in adapter.items():
+        name = key.removeprefix("base_model.model.")
+        block = block_of(name)
+        if block and block[0] in stacks and block not in blocks:
+            return f"the adapter changes {block[0]}.{block[1]}, which the model has not"
+        for kept_apart in (".modules_to_save.", ".original_module.", ".base_layer."):
+            name = name.replace(kept_apart, ".")
+        own = model.get(name)
+        if own and own != shape:
+            resized = own[1:] == shape[1:] and ("embed" in name or "head" in name)
+            how = f", as after resize_token_embeddings({shape[0]})" if resized else ""
+            return f"the adapter's {name} is {list(shape)}{how}, but the model's is {list(own)}"
+        module, is_first_factor, _ = name.partition(".lora_A.weight")
+        own = model.get(f"{module}.weight")
+        second = adapter.get(key.replace(".lora_A.", ".lora_B."), ())
+        if is_first_factor and own and len(own) == len(shape) == len(second) == 2:
+            changes = second[0], shape[1]
+            if changes not in (own, own[::-1]):  # GPT-2 stores its matrices the other way round
+                return (
+                    f"the adapter changes {module}.weight as a matrix of {list(changes)}, but the "
+                    f"model's is {list(own)}"
+                )
+    return None
+
+
+def _adapter_files(reference: ModelReference) -> tuple[Path, Path]:
+    """An adapter's configuration and weights, from its folder or its repository."""
+    lora = reference.lora
+    assert lora is not None
+    if os.path.isdir(lora.path):
+        found = {path.name: path for path in Path(lora.path).iterdir()}
+    else:
+        paths = {
+            name: cached_file(
+                lora.path, name, revision=lora.revision, _raise_exceptions_for_missing_entries=False
+            )
+            for name in (_CONFIG, *_WEIGHTS)
+        }
+        found = {name: Path(path) for name, path in paths.items() if path}
+    weights = next((found[name] for name in _WEIGHTS if name in found), None)
+    if _CONFIG not in found or weights is None:
+        wanted = _CONFIG if _CONFIG not in found else " or ".join(_WEIGHTS)
+        raise AdapterError(
+            f"model {reference}: {lora} has no {wanted}: it is no adapter as peft saves it; name "
+            "the folder that holds one, or leave +… out if it is a whole model"
+        )
+    return found[_CONFIG], weights
+
+
+def _made_from(reference: ModelReference) -> dict[str, str]:
+    """Digests of an adapter and of its model, by what to call them."""
+    adapter = hashlib.sha256()
+    for path in _adapter_files(reference):
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                adapter.update(block)
+    model: list[Any] = [reference.override_architecture]
+    folder = Path(reference.model.path)
+    if folder.is_dir():
+        # The sample finds what keeps size and time; these, what lies between the sampled places.
+        stats = [(path.name, path.stat()) for path in _model_files(folder)]
+        model += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+        model += [(folder / "config.json").read_text(encoding="utf-8"), _sample_of(folder)]
+    else:
+        config = cached_file(reference.model.path, "config.json", revision=reference.model.revision)
+        model.append(extract_commit_hash(config, None))
+    return {
+        "the adapter": adapter.hexdigest(),
+        "the adapter's model": hashlib.sha256(json.dumps(model).encode()).hexdigest(),
+    }
+
+
+def _sample_of(folder: Path) -> str:
+    """A digest of a few bytes of each of a model's tensors; ``.bin`` files would be read whole."""
+    digest = hashlib.sha256()
+    for path in _model_files(folder):
+        if path.suffix != ".safetensors":
+            continue
+        with safe_open(path, framework="pt") as file:
+            for name in sorted(file.keys()):
+                tensor = file.get_tensor(name)
+                values = sample(tensor.reshape(-1).view(torch.uint8))
+                digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+                digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _model_shapes(model: ModelPath) -> Shapes:
+    folder = Path(model.path)
+    files = _model_files(folder) if folder.is_dir() else []
+    return {name: shape for path in files for name, shape in _shapes(path).items()}
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of weights in a model's folder, without what may lie beside them."""
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    return sorted(path for path in files if path.name not in (*_WEIGHTS, PUBLISHED_NAME))
+
+
+def _shapes(path: Path) -> Shapes:
+    if path.suffix == ".safetensors":
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
+    stored: Mapping[str, torch.Tensor] = torch.load(path, map_location="meta", weights_only=True)
+    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Every file in a merged adapter's folder but the record itself, and its size in bytes."""
+    return {
+        path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RECORD
+    }
