@@ -72,7 +72,7 @@ def test_every_h_equals_the_reference(name: str) -> None:
     with CurvatureCapture(model) as capture:
         for ids in sequences:
             feed(model, ids[None])
-    curvatures, unscored, state = capture.curvatures(), capture.unscored(), capture.state()
+    curvatures, unscored, state = capture.curvatures(), capture.unscored(), capture.ledger.state()
     shapes = {parameter: p.shape for parameter, p in model.named_parameters()}
     assert curvatures.keys() | unscored.keys() == shapes.keys()
     assert not curvatures.keys() & unscored.keys()

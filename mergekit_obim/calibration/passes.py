@@ -64,7 +64,7 @@ def run_through(
     sums, unusable = checkpoint.load()
     if sums is not None:
         done, tokens = sums.done, min(tokens, sums.tokens)
-        capture.load_state(sums.state)
+        capture.ledger.load_state(sums.state)
         del sums  # its tensors are the file's, mapped
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
@@ -91,7 +91,7 @@ def run_through(
             done += len(rows)
             progress.update(len(rows) * longest)
             if checkpoint.due():
-                checkpoint.save(Sums(done, tokens, capture.state()))
+                checkpoint.save(Sums(done, tokens, capture.ledger.state()))
     ranks.meet()
     ranks.add_up(capture)
     return capture

@@ -104,7 +104,7 @@ class Ranks:
         """Give every process's capture the sums of all; all processes call this together."""
         if self._store is None:
             return
-        state = capture.state()
+        state = capture.ledger.state()
         terms = {
             key: (list(total.shape), state["rows"][key]) for key, total in state["totals"].items()
         }
@@ -127,7 +127,7 @@ class Ranks:
                     rows[key] += count
         for total in totals.values():
             dist.all_reduce(total)
-        capture.load_state({"totals": totals, "rows": rows, "unaccounted": unaccounted})
+        capture.ledger.load_state({"totals": totals, "rows": rows, "unaccounted": unaccounted})
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process after an error, so that only one says what it was."""

@@ -39,7 +39,7 @@ class Sums:
     Attributes:
         done: How many of the ordered sequences are in the sums.
         tokens: With `batch_size: auto`, the most tokens of a forward pass, as found so far.
-        state: `CurvatureCapture.state()`.
+        state: `Ledger.state()`.
     """
 
     done: int

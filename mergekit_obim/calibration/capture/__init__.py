@@ -31,7 +31,7 @@ What stays out of sight: kernels that do not go through PyTorch's dispatcher (th
 "never used"), and weights that were combined or cast before the capture began.
 """
 
-from mergekit_obim.calibration.capture.terms import FEWEST_ROWS
-from mergekit_obim.calibration.capture.watch import Curvature, CurvatureCapture, input_device
+from mergekit_obim.calibration.capture.ledger import FEWEST_ROWS, Curvature, Ledger
+from mergekit_obim.calibration.capture.watch import CurvatureCapture, input_device
 
-__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "input_device"]
+__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "Ledger", "input_device"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_obim.calibration.capture import convolutions, dense, experts
 from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
+from mergekit_obim.calibration.capture.ledger import Curvature, Ledger
 from mergekit_obim.calibration.capture.squares import Squares
-from mergekit_obim.calibration.capture.terms import FEWEST_ROWS, Term
 from mergekit_obim.calibration.capture.weights import (
     View,
     Weight,
@@ -29,28 +27,6 @@ from mergekit_obim.calibration.capture.weights import (
     storage_of,
     tensors_in,
 )
-
-
-@dataclass(frozen=True)
-class Curvature:
-    """What a calibration run measured for one parameter.
-
-    Attributes:
-        h: float32 on the CPU, shaped to broadcast against the parameter: Linear [1, in],
-            Conv1D [in, 1], embedding [vocab, 1], embedding tied to a head [vocab, d], norm gain
-            [d], bias [1].
-        rows: How many rows (tokens) h is the mean of; of tied terms, the largest.
-        experts: Of fused experts, how many rows each saw.
-    """
-
-    h: Tensor
-    rows: int
-    experts: tuple[int, ...] = ()
-
-    @property
-    def pooled(self) -> tuple[int, ...]:
-        """The experts that saw too few rows, whose h is the mean over all of them."""
-        return tuple(e for e, rows in enumerate(self.experts) if rows < FEWEST_ROWS)
 
 
 class _Passing(NamedTuple):
@@ -92,15 +68,14 @@ class CurvatureCapture(TorchDispatchMode):
             for name, shape in self._shapes.items()
             if len(shape) == 3
         }
-        self._terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
-        self._unaccounted: dict[str, str] = {}
+        self.ledger = Ledger(self._shapes)
+        self._before: Ledger | None = None  # to go back to, if the forward fails
         self._parameters: dict[int, list[Weight]] = {}  # by storage
         self._references: list[StorageWeakRef] = []  # keep their addresses unique
         self._passing: dict[int, _Passing] = {}  # by storage
         self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
         self._stack = ExitStack()
         self._head = _skippable_head(model, self) if skip_logits else None
-        self._before: tuple[defaultdict[str, dict[str, Term]], dict[str, str]]
 
     @property
     def skips_logits(self) -> bool:
@@ -133,7 +108,7 @@ class CurvatureCapture(TorchDispatchMode):
                 self._head.forward = self._measured_head  # type: ignore[method-assign,assignment]
             super().__enter__()  # type: ignore[no-untyped-call]
             self._stack = stack.pop_all()
-        self._before = self._snapshot()
+        self._before = self.ledger.snapshot()
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
@@ -147,66 +122,19 @@ class CurvatureCapture(TorchDispatchMode):
         finally:
             self._squares.clear()
             if not finished:
-                self._terms, self._unaccounted = self._before
+                assert self._before is not None
+                self.ledger = self._before
                 self._passing.clear()
             # Else it stays: what a model makes of its weights and keeps, it makes only once.
-            self._before = (defaultdict(dict), {})
+            self._before = None
 
     def curvatures(self) -> dict[str, Curvature]:
         """h of each measured parameter, in the model's order; a tied weight once (`tied`)."""
-        measured = {}
-        for name in self._shapes:
-            terms = [t for t in self._terms.get(name, {}).values() if t.all_rows() > 0]
-            if not terms or name in self._unaccounted:
-                continue
-            most = max(terms, key=Term.all_rows)
-            h = sum((term.mean() for term in terms[1:]), start=terms[0].mean())
-            measured[name] = Curvature(h, most.all_rows(), most.experts())
-        return measured
+        return self.ledger.curvatures()
 
     def unscored(self) -> dict[str, str]:
         """Every other parameter, with the reason why it has no h."""
-        reasons = {}
-        for name in self._shapes:
-            terms = self._terms.get(name, {})
-            if name in self._unaccounted:
-                reasons[name] = self._unaccounted[name]
-            elif not terms:
-                reasons[name] = "never used in the calibration run"
-            elif not any(term.all_rows() for term in terms.values()):
-                reasons[name] = "no token reached it in the calibration run"
-        return reasons
-
-    def state(self) -> dict[str, Any]:
-        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings.
-
-        The rows of fused experts are lists of ints.
-        """
-        terms = {
-            f"{row}:{name}": term
-            for name, by_row in self._terms.items()
-            for row, term in by_row.items()
-        }
-        return {
-            "totals": {key: term.total.cpu() for key, term in terms.items()},
-            "rows": {key: list(term.experts()) or term.rows for key, term in terms.items()},
-            "unaccounted": dict(self._unaccounted),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave for the same model."""
-        self._terms.clear()
-        for key, total in state["totals"].items():
-            row, _, name = key.partition(":")
-            self._terms[name][row] = Term.from_state(total, state["rows"][key])
-        self._unaccounted = dict(state["unaccounted"])
-
-    def _snapshot(self) -> tuple[defaultdict[str, dict[str, Term]], dict[str, str]]:
-        """Everything counted so far, to go back to."""
-        terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
-        for name, by_row in self._terms.items():
-            terms[name] = {row: term.copy() for row, term in by_row.items()}
-        return terms, dict(self._unaccounted)
+        return self.ledger.unscored()
 
     def _is_per_expert(self, name: str) -> bool:
         """Whether a parameter may hold a weight per expert, or a bias beside such a weight."""
@@ -238,8 +166,8 @@ class CurvatureCapture(TorchDispatchMode):
         return result
 
     def _reset(self) -> None:
-        self._terms.clear()
-        self._unaccounted = {}
+        """Start anew: nothing was counted, and nothing is known of what a forward left."""
+        self.ledger = Ledger(self._shapes)
         self._passing.clear()
 
     # -- watching operations ------------------------------------------------------------------
@@ -287,11 +215,11 @@ class CurvatureCapture(TorchDispatchMode):
             if isinstance(use, Lookup):
                 self._remember(call.out, [], (use, 1.0))
             else:
-                self._add(use)
+                self.ledger.add(use)
         views = [view for several in call.views.values() for view in several]
         for view in views:
             if view.axes is None or view.weight.name not in accounted:
-                self._unaccounted.setdefault(view.weight.name, _why(call, view))
+                self.ledger.refuse(view.weight.name, _why(call, view))
         # What is made of weights alone is no activation: a later handler must not take it for one.
         if not accounted and all(id(t) in call.views or t.ndim == 0 for t in call.tensors()):
             for made in tensors_in((call.out,)):
@@ -317,7 +245,7 @@ class CurvatureCapture(TorchDispatchMode):
             written = call.args[i] if i < len(call.args) else call.kwargs.get(argument.name)
             for tensor in tensors_in((written,)):
                 for view in call.views.get(id(tensor), ()):
-                    self._unaccounted.setdefault(view.weight.name, "changed while the model ran")
+                    self.ledger.refuse(view.weight.name, "changed while the model ran")
                 key = storage_of(tensor)
                 self._passing.pop(key, None)
                 self._squares.forget(key)
@@ -329,16 +257,10 @@ class CurvatureCapture(TorchDispatchMode):
         for parameter in self._head.parameters(recurse=False):
             self._recognise(parameter, call)
         for use in dense.on_linear(self._squares, call):
-            self._add(use)
+            self.ledger.add(use)
         return x.new_empty((*x.shape[:-1], 0))
 
     # -- counting -----------------------------------------------------------------------------
-
-    def _add(self, use: Use) -> None:
-        terms = self._terms[use.weight.name]
-        if use.row not in terms:
-            terms[use.row] = Term.like(use)
-        terms[use.row].add(use)
 
     def _follow(self, call: Call, tensor: Tensor, lookup: Lookup, scale: float) -> None:
         """See how an embedding's output is used: scaled or copied, or for good."""
@@ -359,15 +281,15 @@ class CurvatureCapture(TorchDispatchMode):
         weight = lookup.weight
         if weight.per_expert:
             whole = View(weight, (None, None))
-            self._add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
+            self.ledger.add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
             return
         if lookup.scale is None:
             lookup.scale = scale
             shape = (-1,) + (1,) * (len(weight.shape) - 1)
             total = lookup.counts.double() * (scale * scale * times)
-            self._add(Use(weight, "embedding", total.view(shape), lookup.rows * times))
+            self.ledger.add(Use(weight, "embedding", total.view(shape), lookup.rows * times))
         elif not math.isclose(lookup.scale, scale):
-            self._unaccounted.setdefault(weight.name, "its rows are used at several scales")
+            self.ledger.refuse(weight.name, "its rows are used at several scales")
 
 
 HANDLERS: dict[Any, Handler] = {
@@ -465,7 +387,7 @@ def _skippable_head(model: nn.Module, capture: CurvatureCapture) -> nn.Linear | 
                 model(input_ids=token)
         except Exception:  # whatever it was: then the logits are built, and the run will tell
             return None
-        states.append(capture.state())
+        states.append(capture.ledger.state())
         capture._reset()
     full, without = states
     same = all(full[key] == without[key] for key in ("rows", "unaccounted")) and all(
