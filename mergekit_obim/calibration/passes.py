@@ -92,8 +92,7 @@ def run_through(
             progress.update(len(rows) * longest)
             if checkpoint.due():
                 checkpoint.save(Sums(done, tokens, capture.ledger.state()))
-    ranks.meet()
-    ranks.add_up(capture)
+    ranks.all_reduce(capture.ledger)
     return capture
 
 

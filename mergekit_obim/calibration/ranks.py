@@ -10,19 +10,18 @@ between any two batches: it ends with that one line, and the launcher ends the o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.capture import Ledger
 from mergekit_obim.errors import ObimError, OtherProcessError, quoted
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ class Ranks:
     ) -> None:
         self.rank, self.world, self.local = rank, world, local
         self._store = store
-        self._meetings = 0
+        self._barriers = 0
 
     @property
     def first(self) -> bool:
@@ -64,70 +63,65 @@ class Ranks:
         if self._store is not None and self._store.check(["error"]):
             raise OtherProcessError(self._store.get("error").decode())
 
-    def meet(self) -> None:
-        """Wait for all others to get here.
+    def barrier(self) -> None:
+        """Wait for all others to get here, or for one to fail.
 
         Raises:
-            OtherProcessError: One will not.
+            OtherProcessError: One of them has failed, and will not get here.
         """
         if self._store is None:
             return
-        self._meetings += 1
-        key = f"meeting {self._meetings}"
+        # Not torch's own barrier, nor accelerate's: they would wait on for one that has failed.
+        self._barriers += 1
+        key = f"barrier {self._barriers}"
         self._store.add(key, 1)
         while self._store.add(key, 0) < self.world:
             self.check()
             time.sleep(_POLL_SECONDS)
 
-    def machine_by_machine(self, work: Callable[[], T]) -> T:
-        """Do it in the first process of each machine, and only then in its others.
+    def local_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process of each machine, and only then in its others.
 
         What is downloaded or cached is then downloaded and cached once.
         """
         if self.local:
-            self.meet()
+            self.barrier()
         result = work()
         if not self.local:
-            self.meet()
+            self.barrier()
         return result
 
-    def all(self, value: T) -> list[T]:
-        """Every process's value (JSON-able), in their order; all processes call this together."""
+    def all_gather(self, value: T) -> list[T]:
+        """Every process's value, in their order; all processes call this together."""
         if self._store is None:
             return [value]
-        self._store.set(f"value {self._meetings} {self.rank}", json.dumps(value))
-        self.meet()
-        keys = [f"value {self._meetings - 1} {rank}" for rank in range(self.world)]
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+        self.barrier()  # which ends if one fails; what follows would not
+        values = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
-    def add_up(self, capture: CurvatureCapture) -> None:
-        """Give every process's capture the sums of all; all processes call this together."""
+    def all_reduce(self, ledger: Ledger) -> None:
+        """Give every process's ledger the sums of all; all processes call this together."""
         if self._store is None:
             return
-        state = capture.ledger.state()
-        terms = {
-            key: (list(total.shape), state["rows"][key]) for key, total in state["totals"].items()
-        }
-        totals: dict[str, torch.Tensor] = {}
-        rows: dict[str, Any] = {}
-        unaccounted: dict[str, str] = {}
-        for theirs, reasons in self.all((terms, state["unaccounted"])):
-            unaccounted = {**reasons, **unaccounted}
+        state = ledger.state()
+        own, counts = state["totals"], state["rows"]
+        known = {key: (total.shape, counts[key]) for key, total in own.items()}
+        shapes: dict[str, torch.Size] = {}
+        rows: dict[str, torch.Tensor] = {}
+        refused: dict[str, str] = {}
+        for theirs, reasons in self.all_gather((known, state["unaccounted"])):
+            refused = reasons | refused
             for key, (shape, count) in theirs.items():
-                if key not in totals:
-                    # A weight that no sequence of this process has reached adds nothing.
-                    own = state["totals"].get(key)
-                    totals[key] = (
-                        torch.zeros(shape, dtype=torch.float64) if own is None else own.double()
-                    )
-                    rows[key] = count
-                elif isinstance(count, list):
-                    rows[key] = [a + b for a, b in zip(rows[key], count, strict=True)]
-                else:
-                    rows[key] += count
-        for total in totals.values():
-            dist.all_reduce(total)
-        capture.ledger.load_state({"totals": totals, "rows": rows, "unaccounted": unaccounted})
+                shapes[key] = shape
+                rows[key] = torch.tensor(count) + rows.get(key, 0)
+        totals = {}
+        for key, shape in shapes.items():  # in the same order everywhere
+            # A weight that no sequence of this process has reached adds nothing.
+            totals[key] = own[key].double() if key in own else torch.zeros(shape).double()
+            dist.all_reduce(totals[key])
+        added = {key: count.tolist() for key, count in rows.items()}
+        ledger.load_state({"totals": totals, "rows": added, "unaccounted": refused})
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process after an error, so that only one says what it was."""
@@ -182,7 +176,7 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")), PrefixStore("obim", store))
     try:
         yield ranks
-        ranks.meet()
+        ranks.barrier()
     except Exception as error:
         ranks.end(error)
     dist.destroy_process_group()

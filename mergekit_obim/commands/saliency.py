@@ -198,7 +198,7 @@ def _measure(
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
     base = recipe.get("base_model")
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
-    prepared = ranks.machine_by_machine(
+    prepared = ranks.local_first(
         lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
     )
     for doubt in checking.doubts(prepared, base, run_options) if ranks.first else ():
