@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
@@ -15,7 +16,7 @@ from mergekit_obim.calibration.capture import CurvatureCapture, input_device
 from mergekit_obim.calibration.data import next_batch
 from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.images import WithImages
-from mergekit_obim.calibration.memory import most_tokens, out_of_memory, release
+from mergekit_obim.calibration.memory import most_tokens, out_of_memory
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
 
@@ -85,7 +86,7 @@ def run_through(
             if not _fits(model, ids, images, capture, may_not=may_not):
                 tokens = len(rows) // 2 * longest
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
-                release()
+                clear_device_cache(garbage_collection=True)
                 continue
             ranks.check()
             done += len(rows)
