@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,17 +16,10 @@ import tiny_models
 from mergekit_obim.calibration.capture import Curvature, CurvatureCapture
 from mergekit_obim.errors import CalibrationError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCORED_WHOLE = [name for name in tiny_models.NAMES if name not in ("mixtral", "mamba")]
 LENGTHS = (7, 5, 7, 3, 7, 5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def capture_h(

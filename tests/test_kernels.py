@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from unittest import mock
 
 import numpy as np
@@ -56,13 +56,6 @@ def obim(
 
 def flat_owner(owner: torch.Tensor) -> list[int]:
     return [reference.BASE if k == FREE else k for k in owner.reshape(-1).tolist()]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- against the reference ----------------------------------------------------------------

@@ -380,22 +380,19 @@ METHODS: dict[str, Callable[[torch.Tensor, Sequence[Expert]], torch.Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_merge_is_the_same_with_any_cut_and_threads(method: str) -> None:
     base, experts, _ = big_merge()
-    before = torch.get_num_threads()
 
     def merged(threads: int, block: int) -> torch.Tensor:
         torch.set_num_threads(threads)
         with mock.patch.object(blocks, "CPU_BLOCK", block):
             return METHODS[method](base, experts)
 
-    try:
-        first = merged(1, blocks.CPU_BLOCK)
-        assert torch.equal(first, merged(2, blocks.CPU_BLOCK))
-        assert torch.equal(first, merged(2, 12345))
-    finally:
-        torch.set_num_threads(before)
+    first = merged(1, blocks.CPU_BLOCK)
+    assert torch.equal(first, merged(2, blocks.CPU_BLOCK))
+    assert torch.equal(first, merged(2, 12345))
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,16 +122,34 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> t
     return kept[:size]
 
 
+_LOCK = threading.Lock()
+_INSIDE: Counter[int] = Counter()  # thread -> how many uses of `one_thread` it is within
+_before = 1  # how many threads torch had when the first of them began
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Keep torch's operations on a CPU to this thread, as every merge does.
 
     Shared by two threads, operations on a block gained next to nothing, and took ten times
     as long wherever another process used the cores: each half waits for the slower one.
+    Uses may be nested, and may overlap in several threads.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _before
+    thread = threading.get_ident()
+    with _LOCK:
+        # torch has this number for each thread, which begins with what any thread set last, as
+        # soon as it asks: with the 1 of others that are in here. So it is asked in each, before it
+        # is set, and what the first of them was told is what all restore.
+        found = torch.get_num_threads()
+        _before = _before if _INSIDE else found
+        _INSIDE[thread] += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _LOCK:
+            _INSIDE[thread] -= 1
+            if not _INSIDE[thread]:
+                del _INSIDE[thread]
+                torch.set_num_threads(_before)
