@@ -17,9 +17,9 @@ from collections.abc import Sequence
 
 import torch
 
+from mergekit_obim.kernels.backend import array, label, namespace
 from mergekit_obim.kernels.blocks import blocks, scratch
-from mergekit_obim.kernels.exclusive import unclaimed
-from mergekit_obim.kernels.masked import array, label, namespace
+from mergekit_obim.kernels.iterative import free_owners
 from mergekit_obim.kernels.objective import objective
 from mergekit_obim.kernels.scores import Candidate, working_dtype
 
@@ -33,7 +33,7 @@ def stretch_to_one(weights: Sequence[float]) -> float:
     return sum(weights) / length if length else 1.0
 
 
-def least_error_masks(
+def least_error_owners(
     candidates: Sequence[Candidate], weights: Sequence[float], stretch: float = 1.0
 ) -> torch.Tensor:
     """The masks m_k of equation 7 that minimise the experts' summed error, as a map of owners.
@@ -54,11 +54,11 @@ def least_error_masks(
     Raises:
         UnscorableError: A task vector or its h is not finite.
     """
-    owner = unclaimed(candidates)
+    owner = free_owners(candidates)
     dtype, xp = working_dtype(candidates[0].base.dtype), namespace(owner.device)
     for block in blocks(owner.shape, owner.device):
-        curvature, pull, deltas = objective(block, candidates, weights)
-        pull *= 2 * stretch
+        curvature, linear, deltas = objective(block, candidates, weights)
+        linear *= 2 * stretch
         owned = block.of(owner)
         cost, least = (
             array(scratch(name, owned.numel(), dtype, owner.device).view(owned.shape))
@@ -68,7 +68,7 @@ def least_error_masks(
         least[...] = 0
         for k, delta in enumerate(deltas):
             xp.multiply(curvature, delta, out=cost)
-            cost -= pull
+            cost -= linear
             cost *= delta
             label(array(owned), xp.less(cost, least, out=array(mask)), k)
             xp.minimum(cost, least, out=least)

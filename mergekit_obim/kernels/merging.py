@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from mergekit_obim.kernels.backend import array, select
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import array, select
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import Array, all_finite, array
 from mergekit_obim.kernels.blocks import Block, scratch
-from mergekit_obim.kernels.masked import Array, all_finite, array
 from mergekit_obim.kernels.scores import (
     Candidate,
     Criterion,
@@ -49,8 +49,8 @@ def objective(
     def memory(name: str) -> torch.Tensor:
         return scratch(name, shape.numel(), dtype, base.device)
 
-    curvature, pull, spare = (array(memory(name).view(shape)) for name in ("A", "B", "a"))
-    curvature[...], pull[...] = 0, 0
+    curvature, linear, spare = (array(memory(name).view(shape)) for name in ("A", "B", "a"))
+    curvature[...], linear[...] = 0, 0
     deltas = []
     # Whatever is not finite shows in B, and ends the merge; numpy need not warn of it.
     with np.errstate(invalid="ignore", over="ignore"):
@@ -65,10 +65,10 @@ def objective(
             spare *= weight
             curvature += spare
             spare *= deltas[k]
-            pull += spare
-    if not (all_finite(curvature) and all_finite(pull)):
+            linear += spare
+    if not (all_finite(curvature) and all_finite(linear)):
         raise UnscorableError("the task vector or its saliency is not finite")
-    return curvature, pull, deltas
+    return curvature, linear, deltas
 
 
 def h_of(criterion: Criterion, delta: Array, block: Block, shape: torch.Size) -> Array | float:

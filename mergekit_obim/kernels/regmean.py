@@ -40,14 +40,14 @@ def merge_regmean(
     base = candidates[0].base
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     for block in blocks(base.shape, base.device):
-        curvature, pull, deltas = objective(block, candidates, weights)
+        curvature, linear, deltas = objective(block, candidates, weights)
         unmeasured = curvature == 0
         if unmeasured.any():
-            total = torch.zeros((), dtype=torch.as_tensor(pull).dtype, device=base.device)
+            total = torch.zeros((), dtype=torch.as_tensor(linear).dtype, device=base.device)
             for weight, delta in zip(weights, deltas, strict=True):
                 total += weight
-                pull[unmeasured] += delta[unmeasured] * weight
+                linear[unmeasured] += delta[unmeasured] * weight
             curvature[unmeasured] = float(total) or 1.0
-        pull /= curvature
-        block.of(merged).copy_(scaled_sum(block.of(base), torch.as_tensor(pull), scale))
+        linear /= curvature
+        block.of(merged).copy_(scaled_sum(block.of(base), torch.as_tensor(linear), scale))
     return merged

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergekit_obim.kernels.backend import array
 from mergekit_obim.kernels.blocks import Part
-from mergekit_obim.kernels.masked import array
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 import torch
 
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import masked
+from mergekit_obim.kernels import backend
+from mergekit_obim.kernels.backend import Array, Mask, array
 from mergekit_obim.kernels.blocks import Positions, blocks, scratch
-from mergekit_obim.kernels.masked import Array, Mask, array
 from mergekit_obim.kernels.scores import Candidate, working_dtype
 
 # Labels in a uint8 map of owners; experts are numbered from 0.
@@ -80,7 +80,7 @@ def _walk(owner: torch.Tensor, candidate: Candidate) -> Iterator[tuple[Array, Ar
 
     All but the owners lie in memory that the next block is going to use.
     """
-    xp, flat = masked.namespace(owner.device), owner.view(-1)
+    xp, flat = backend.namespace(owner.device), owner.view(-1)
     dtype, size = working_dtype(candidate.base.dtype), 0
     for block in blocks(owner.shape, owner.device):
         if size != block.of(owner).numel():
@@ -116,7 +116,7 @@ def _bracket(owner: torch.Tensor, count: int, candidate: Candidate) -> tuple[flo
     scores = candidate.scores(sample)
     _check_finite(scores)
     scores *= sample.of(owner) == FREE
-    ranked = masked.descending(scores)
+    ranked = backend.sort_descending(scores)
     rank = count * len(ranked) // total
     # Neighbours are alike, so the deviation is that of whole runs.
     above = (scores >= ranked[min(rank, len(ranked) - 1)]).view(_RUNS, _RUN_LENGTH).sum(1)
@@ -143,7 +143,7 @@ def _claim_between(
         How many were claimed, or None, with nothing claimed, if the threshold is not in
         between or more than ``limit`` scores are.
     """
-    xp = masked.namespace(owner.device)
+    xp = backend.namespace(owner.device)
     reaches = xp.greater_equal if low > 0 else xp.greater  # What scores zero is in no bracket.
     wanted, held = count, 0
     undecided: list[tuple[Array, Array, Array]] = []
@@ -153,9 +153,9 @@ def _claim_between(
         sure = xp.greater(scores, high, out=free)
         sure &= maybe  # low <= high, so they are free
         maybe ^= sure
-        wanted -= masked.count(sure)
-        masked.relabel(owned, sure, FREE, label)
-        where = masked.positions(maybe)
+        wanted -= backend.count_nonzero(sure)
+        backend.relabel(owned, sure, FREE, label)
+        where = backend.flatnonzero(maybe)
         undecided.append((owned, where, scores[where]))
         held += len(where)
         if wanted < 0 or held > limit:
@@ -164,7 +164,7 @@ def _claim_between(
         _give_back(owner, label)
         return None
     missing = max(wanted - held, 0)
-    threshold, surplus = masked.largest([scores for *_, scores in undecided], wanted - missing)
+    threshold, surplus = backend.kth_largest([scores for *_, scores in undecided], wanted - missing)
     for owned, where, scores in undecided:
         owned[where[scores >= threshold]] = label
     for owned, where, scores in reversed(undecided):
@@ -184,24 +184,24 @@ def _claim_above(
     Returns:
         How many were claimed, or None, with nothing claimed, if it is not the threshold.
     """
-    xp = masked.namespace(owner.device)
+    xp = backend.namespace(owner.device)
     wanted, ties = count, 0
     for owned, scores, free, mask in _walk(owner, candidate):
         sure = xp.greater(scores, threshold, out=mask)
         sure &= free
-        wanted -= masked.count(sure)
-        masked.relabel(owned, sure, FREE, label)
+        wanted -= backend.count_nonzero(sure)
+        backend.relabel(owned, sure, FREE, label)
         if threshold > 0:
             tied = xp.greater_equal(scores, threshold, out=mask)
             tied &= xp.greater_equal(owned, FREE, out=free)
-            ties += masked.count(tied)
+            ties += backend.count_nonzero(tied)
     if wanted < 0 or (wanted > ties and threshold > 0):
         _give_back(owner, label)
         return None
     missing = max(wanted - ties, 0)
     left = wanted - missing
     for owned, scores, free, _ in _walk(owner, candidate) if left else ():
-        first = masked.positions((scores == threshold) & free)[:left]
+        first = backend.flatnonzero((scores == threshold) & free)[:left]
         owned[first] = label
         left -= len(first)
         if not left:
@@ -222,10 +222,10 @@ def _threshold_by_digits(owner: torch.Tensor, count: int, candidate: Candidate) 
         counts = torch.zeros(1 << 16, dtype=torch.int64, device=owner.device)
         for _, scores, free, _ in _walk(owner, candidate):
             scores *= free
-            spelled = masked.words(torch.as_tensor(scores))
+            spelled = backend.bits(torch.as_tensor(scores))
             if shift < highest:
                 spelled = spelled[spelled >> shift >> 16 == prefix]
-            counts += torch.as_tensor(masked.histogram(spelled >> shift & 0xFFFF, 1 << 16))
+            counts += torch.as_tensor(backend.bincount(spelled >> shift & 0xFFFF, 1 << 16))
         reached = counts.flip(0).cumsum(0)
         below = int((reached < wanted).sum())
         wanted -= int(reached[below - 1]) if below else 0
@@ -238,4 +238,4 @@ def _give_back(owner: torch.Tensor, label: int) -> None:
     flat = owner.view(-1)
     for block in blocks(flat.shape, flat.device):
         owned = array(block.of(flat))
-        masked.relabel(owned, owned == label, label, FREE)
+        backend.relabel(owned, owned == label, label, FREE)

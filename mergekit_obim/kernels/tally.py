@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergekit_obim.kernels.backend import array
 from mergekit_obim.kernels.blocks import Block, blocks, scratch
-from mergekit_obim.kernels.exclusive import keep_count
-from mergekit_obim.kernels.masked import array
+from mergekit_obim.kernels.iterative import keep_count
 from mergekit_obim.kernels.objective import h_of
 from mergekit_obim.kernels.scores import Candidate, task_vector, working_dtype
 from mergekit_obim.kernels.selection import FREE
@@ -117,7 +117,7 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
     return total
 
 
-def wishes(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.ndarray:
+def claim_counts(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.ndarray:
     """How many experts want each position of a small tensor, as if each were alone: [n].
 
     Args:
@@ -143,7 +143,7 @@ def outcomes(
     scales: Sequence[float],
     settings: Iterable[tuple[Sequence[float], Sequence[int]]],
 ) -> Iterator[Tally]:
-    """What :func:`exclusive_masks` and :func:`tally` give, for many settings of a small tensor.
+    """What :func:`iterative_owners` and :func:`tally` give, for many settings of a small tensor.
 
     Its scores are sorted once, where the masks of a large tensor never sort.
 

@@ -2,6 +2,11 @@
 
 Sign election and disjoint mean are those of TIES (Yadav et al. 2023, arXiv 2306.01708,
 section 4), in the form that mergekit's ``ties`` gives them.
+
+:func:`merge_obm_sign` is Optimal Brain Merging, the OBIM group's later method (arXiv 2603.01416),
+in which the saliencies vote: trim every task vector by saliency, elect each position's sign by
+σ = sign(Σ_k s_k · sign(δ_k)), and merge what agrees. Where TIES lets the largest movement decide,
+here the most salient one does. How the agreeing values are merged is TIES' disjoint mean.
 """
 
 from __future__ import annotations
@@ -11,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from mergekit_obim.kernels.blocks import Block, blocks
-from mergekit_obim.kernels.exclusive import keep_count
+from mergekit_obim.kernels.iterative import keep_count
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import Candidate, task_vector
 from mergekit_obim.kernels.selection import all_free, claim_top
@@ -46,12 +51,47 @@ def merge_ties(
     Returns:
         A new tensor like the base.
     """
-    return merge_trimmed(
+    return _merge_trimmed(
         candidates, densities, weights, scale, normalize, lambda _block, _k, _kept, tau: tau
     )
 
 
-def merge_trimmed(
+def merge_obm_sign(
+    candidates: Sequence[Candidate],
+    densities: Sequence[float],
+    weights: Sequence[float],
+    scale: float,
+    normalize: bool = True,
+) -> torch.Tensor:
+    """Trim, let the saliencies elect signs, take the disjoint mean.
+
+    With τ_k = weight_k · trimmed δ_k: σ = sign(Σ_k |weight_k| · s_k · sign(τ_k)), over the
+    positions that k kept, 0 counting as +; the merged task vector is Σ τ_k / Σ weight_k over
+    the k whose τ_k has the sign σ. Ranked by magnitude, s_k = |δ_k|, this is TIES.
+
+    Args:
+        candidates: The K experts' tensors, with what ranks their positions; their scores
+            are added up, so they need a common scale.
+        densities: The share of each task vector that trimming keeps.
+        weights: weight_k.
+        scale: λ, on the merged task vector.
+        normalize: Divide by the sum of the weights; otherwise the agreeing τ_k are summed.
+
+    Returns:
+        A new tensor like the base.
+
+    Raises:
+        UnscorableError: An expert's score is not finite.
+    """
+
+    def ballot(block: Block, k: int, kept: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
+        votes = candidates[k].scores(block).masked_fill_(~kept, 0)
+        return votes.mul_(abs(weights[k])).copysign_(tau)
+
+    return _merge_trimmed(candidates, densities, weights, scale, normalize, ballot)
+
+
+def _merge_trimmed(
     candidates: Sequence[Candidate],
     densities: Sequence[float],
     weights: Sequence[float],

@@ -81,13 +81,13 @@ class ExpertMethod(PlannedMethod):
         raise NotImplementedError
 
 
-def base_of(group: TensorGroup) -> torch.Tensor:
+def base_tensor(group: TensorGroup) -> torch.Tensor:
     """The base's tensor; ``validate_inputs`` saw to it that there is one."""
     assert group.base is not None
     return group.base.tensor
 
 
-def experts_of(group: TensorGroup) -> list[torch.Tensor]:
+def expert_tensors(group: TensorGroup) -> list[torch.Tensor]:
     """The experts' tensors, in the recipe's order."""
     return [entry.tensor for entry in group.non_base]
 
@@ -114,7 +114,7 @@ def comparable_candidates_of(
 def _with_densities(
     group: TensorGroup, parameters: Mapping[str, Any], criteria: Sequence[Criterion | None]
 ) -> tuple[list[Candidate], list[float]]:
-    base, default = base_of(group), 1 / len(group.non_base)
+    base, default = base_tensor(group), 1 / len(group.non_base)
     candidates, densities = [], []
     for entry, criterion in zip(group.non_base, criteria, strict=True):
         density = parameters["density"][entry.id]
@@ -131,7 +131,7 @@ def objective_of(
 
     One without saliency that is left at the base's values is none of them.
     """
-    base, candidates, weights = base_of(group), [], []
+    base, candidates, weights = base_tensor(group), [], []
     criteria = comparable(criteria_of(group, parameters))
     for entry, criterion in zip(group.non_base, criteria, strict=True):
         if criterion:

@@ -12,13 +12,13 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_obim.errors import RecipeError
-from mergekit_obim.kernels.exclusive import exclusive_masks
-from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
+from mergekit_obim.kernels.iterative import iterative_owners
+from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate
 from mergekit_obim.methods.base import (
     ExpertMethod,
-    base_of,
+    base_tensor,
     candidates_of,
     check_objective_weights,
     objective_of,
@@ -117,18 +117,18 @@ class Obim(ExpertMethod):
             if parameters["assignment"] == "nearest":
                 asked = parameters["stretch"]
                 stretch = stretch_to_one(weights) if asked is None else asked
-            owner = least_error_masks(candidates, weights, stretch)
+            owner = least_error_owners(candidates, weights, stretch)
             return Assignment(candidates, owner, [scale] * len(candidates), None, ())
         candidates, densities = candidates_of(group, parameters)
         order: Sequence[int] = range(len(candidates))
         if parameters["order"] == "rotation":
             order = rotate(order, parameters["layer"] or 0)
-        owner = exclusive_masks(candidates, densities, order)
+        owner = iterative_owners(candidates, densities, order)
         scales = [w * scale for w in values_of(group, parameters, "weight")]
         return Assignment(candidates, owner, scales, densities, order)
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
-        base, assignment = base_of(group), self.assign(group, parameters)
+        base, assignment = base_tensor(group), self.assign(group, parameters)
         observer = _OBSERVER.get()
         if observer:
             observer(group, parameters, assignment)

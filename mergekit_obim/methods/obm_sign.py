@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_obim.kernels.obm_sign import merge_obm_sign
+from mergekit_obim.kernels.ties import merge_obm_sign
 from mergekit_obim.methods.base import ExpertMethod, comparable_candidates_of, values_of
 from mergekit_obim.methods.parameters import (
     DENSITY,

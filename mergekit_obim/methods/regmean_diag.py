@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit_obim.kernels.regmean import merge_regmean
 from mergekit_obim.methods.base import (
     ExpertMethod,
-    base_of,
+    base_tensor,
     check_objective_weights,
     objective_of,
 )
@@ -35,7 +35,7 @@ class RegMeanDiag(ExpertMethod):
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         candidates, weights = objective_of(group, parameters)
         if not candidates:
-            return base_of(group).clone()
+            return base_tensor(group).clone()
         return merge_regmean(candidates, weights, parameters["lambda"])
 
 

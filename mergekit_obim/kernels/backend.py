@@ -18,37 +18,37 @@ import torch
 from mergekit_obim.kernels.blocks import scratch
 
 # What is only copied is seen as integers of its size; numpy does not know bfloat16 anyway.
-_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 Array = Any  # a numpy array for what is on a CPU, a tensor for what is elsewhere
 Mask = Any  # the same, of bool
 
 
-def _by_numpy(device: torch.device) -> bool:
+def _uses_numpy(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
 def namespace(device: torch.device) -> Any:
     """The library whose functions take what `array` gives: numpy or torch."""
-    return np if _by_numpy(device) else torch
+    return np if _uses_numpy(device) else torch
 
 
 def array(tensor: torch.Tensor) -> Array:
     """The tensor as an operand: a numpy view on a CPU, itself elsewhere."""
-    return tensor.numpy() if _by_numpy(tensor.device) else tensor
+    return tensor.numpy() if _uses_numpy(tensor.device) else tensor
 
 
-def words_of(dtype: torch.dtype) -> torch.dtype:
+def bits_dtype(dtype: torch.dtype) -> torch.dtype:
     """Signed integers of a dtype's size."""
-    return _WORDS[dtype.itemsize]
+    return _INTEGERS[dtype.itemsize]
 
 
-def words(tensor: torch.Tensor) -> Array:
+def bits(tensor: torch.Tensor) -> Array:
     """The tensor's bits as signed integers of its elements' size, in place."""
-    return array(tensor.view(words_of(tensor.dtype)))
+    return array(tensor.view(bits_dtype(tensor.dtype)))
 
 
-def count(mask: Mask) -> int:
+def count_nonzero(mask: Mask) -> int:
     """How many positions a mask has."""
     return int(np.count_nonzero(mask) if isinstance(mask, np.ndarray) else mask.count_nonzero())
 
@@ -58,7 +58,7 @@ def all_finite(values: Array) -> bool:
     return bool((np if isinstance(values, np.ndarray) else torch).isfinite(values).all())
 
 
-def positions(mask: Mask) -> Array:
+def flatnonzero(mask: Mask) -> Array:
     """Where a mask [n] is set, int32, rising."""
     if not isinstance(mask, np.ndarray):
         return mask.nonzero().view(-1).int()
@@ -103,23 +103,23 @@ def select(target: torch.Tensor, value: torch.Tensor, where: Mask) -> None:
     if not isinstance(where, np.ndarray):
         torch.where(where, value, target, out=target)
         return
-    bits, source = words(target), words(value)
+    wanted, source = bits(target), bits(value)
     # target ^ (target ^ source) · mask: the source's bits where the mask is, without a
     # branch, which a random mask would mispredict half of the time.
-    memory = scratch("changes", target.numel(), words_of(target.dtype), target.device)
-    changes = np.bitwise_xor(bits, source, out=array(memory.view(target.shape)))
+    memory = scratch("changes", target.numel(), bits_dtype(target.dtype), target.device)
+    changes = np.bitwise_xor(wanted, source, out=array(memory.view(target.shape)))
     changes *= where
-    bits ^= changes
+    wanted ^= changes
 
 
-def descending(values: torch.Tensor) -> torch.Tensor:
+def sort_descending(values: torch.Tensor) -> torch.Tensor:
     """Values [n], highest first."""
-    if not _by_numpy(values.device):
+    if not _uses_numpy(values.device):
         return values.sort(descending=True).values
     return torch.from_numpy(np.sort(values.numpy())).flip(0)
 
 
-def largest(values: Sequence[Array], k: int) -> tuple[float, int]:
+def kth_largest(values: Sequence[Array], k: int) -> tuple[float, int]:
     """The k-th largest of all values, and by how many more than k are at least that.
 
     k = 0 means none: an infinite threshold.
@@ -127,19 +127,19 @@ def largest(values: Sequence[Array], k: int) -> tuple[float, int]:
     if k == 0:
         return float("inf"), 0
     every = torch.cat([torch.as_tensor(part) for part in values])
-    if _by_numpy(every.device):
+    if _uses_numpy(every.device):
         # numpy's partition is vectorised and works in place; torch's kthvalue copies and
         # took five times as long.
         array(every).partition(len(every) - k)
         threshold = float(every[len(every) - k])
     else:
         threshold = float(every.kthvalue(len(every) - k + 1).values)
-    return threshold, count(array(every) >= threshold) - k
+    return threshold, count_nonzero(array(every) >= threshold) - k
 
 
 def order_statistics(values: torch.Tensor, ranks: tuple[int, int]) -> tuple[float, float]:
     """The values [n] at two places of their ascending order, counted from 0; uses them up."""
-    if _by_numpy(values.device):
+    if _uses_numpy(values.device):
         array(values).partition(ranks)
     else:
         values = values.sort().values
@@ -147,7 +147,7 @@ def order_statistics(values: torch.Tensor, ranks: tuple[int, int]) -> tuple[floa
     return float(values[low]), float(values[high])
 
 
-def histogram(digits: Array, size: int) -> Array:
+def bincount(digits: Array, size: int) -> Array:
     """How often each of 0 … size − 1 occurs among integers [n], int64 [size]."""
     if isinstance(digits, np.ndarray):
         return np.bincount(digits, minlength=size)

@@ -15,14 +15,14 @@ def keep_count(density: float, numel: int) -> int:
     return round(density * numel)
 
 
-def unclaimed(candidates: Sequence[Candidate]) -> torch.Tensor:
+def free_owners(candidates: Sequence[Candidate]) -> torch.Tensor:
     """A map of owners on which everything is still ``FREE``: uint8, of the tensors' shape."""
     if len(candidates) > MAX_EXPERTS:
         raise ValueError(f"{len(candidates)} experts; at most {MAX_EXPERTS} can be merged")
     return all_free(candidates[0].base)
 
 
-def exclusive_masks(
+def iterative_owners(
     candidates: Sequence[Candidate], densities: Sequence[float], order: Sequence[int]
 ) -> torch.Tensor:
     """The masks m_k of equation 7, as one map of owners: algorithm 1.
@@ -42,7 +42,7 @@ def exclusive_masks(
     Raises:
         UnscorableError: An expert's score is not finite.
     """
-    owner = unclaimed(candidates)
+    owner = free_owners(candidates)
     free = owner.numel()
     for k in order:
         count = min(keep_count(densities[k], owner.numel()), free)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import array, order_statistics
 from mergekit_obim.kernels.blocks import Block, blocks
-from mergekit_obim.kernels.masked import array, order_statistics
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 

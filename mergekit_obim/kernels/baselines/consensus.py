@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import all_finite, array, select
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import all_finite, array, select
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector
 
