@@ -17,7 +17,12 @@ _TOKENS = 32768
 
 
 def most_tokens(model: nn.Module, device: torch.device) -> int:
-    """How many tokens `batch_size: auto` tries in a forward pass, to begin with."""
+    """Return how many tokens `batch_size: auto` tries in a forward pass, to begin with.
+
+    Args:
+        model: The model, on its device or offloaded.
+        device: Where it computes.
+    """
     if device.type not in ("cpu", "mps"):  # which share their memory with all else
         return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
@@ -25,7 +30,7 @@ def most_tokens(model: nn.Module, device: torch.device) -> int:
 
 
 def out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on any device."""
+    """Return whether an error says that memory ran out, on any device."""
     # accelerate knows what the allocators of CPUs and accelerators say; not the CUDA driver, which
     # speaks first where other processes hold the memory, nor, in its older versions, Metal.
     words = "out of memory" in str(error) or should_reduce_batch_size(error)

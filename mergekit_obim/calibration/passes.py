@@ -1,4 +1,7 @@
-"""Every calibration sequence through the model once; nothing is kept of a batch but its sums."""
+"""Running every calibration sequence through the model once.
+
+Nothing is kept of a batch but its sums.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,9 @@ def run_through(
     ranks: Ranks,
     quiet: bool,
 ) -> CurvatureCapture:
-    """Run the model over this process's share, from the checkpoint on if there is one.
+    """Run the model over this process's share of the data, from the checkpoint on if there is one.
 
-    Longest first, so that memory runs out at the start or not at all.
+    The longest sequences come first, so that memory runs out at the start or not at all.
 
     Args:
         model: In eval mode.
@@ -105,7 +108,7 @@ def _fits(
     *,
     may_not: bool,
 ) -> bool:
-    """Run a batch; whether memory sufficed. If not, nothing of it was counted."""
+    """Run a batch, and return whether memory sufficed; if not, nothing of it was counted."""
     try:
         with capture:  # which turns gradients off
             feed(model, ids, images)

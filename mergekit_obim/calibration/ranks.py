@@ -1,4 +1,4 @@
-"""Several processes that share the calibration data: under ``torchrun``, ``accelerate launch``.
+"""Several processes that share the calibration data, under ``torchrun`` or ``accelerate launch``.
 
 Every process loads the model and measures its share of the sequences; the sums are added up over
 all of them, and the first writes. Files, models and data may be on a disk that they share or on
@@ -29,8 +29,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.02
-# How long a process that failed waits for the first to say so: it looks between batches.
+# How long a process that failed waits for the first to say so: it looks between batches, and one
+# of an offloaded model may take minutes.
 _PATIENCE_SECONDS = 600
+# How long it then leaves the first to end with its line before it ends itself, on which the
+# launcher ends all.
 _SAYING_SECONDS = 5
 
 
@@ -39,8 +42,13 @@ class Ranks:
 
     Attributes:
         rank: Its number, from 0.
-        world: How many there are.
-        local: Its number on its machine.
+        world: How many processes there are.
+        local: Its number on its machine, from 0.
+
+    Args:
+        rank, world, local: As the attributes.
+        store: The launcher's key-value store, if there are others; then torch's process group
+            has been initialised.
     """
 
     def __init__(
@@ -52,26 +60,32 @@ class Ranks:
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
         return self.rank == 0
 
     def share(self, ordered: Sequence[T]) -> Sequence[T]:
-        """This process's share: every `world`-th, so that sorted lengths are shared evenly."""
+        """Return every `world`-th item, so that sequences sorted by length are shared evenly."""
         return ordered[self.rank :: self.world]
 
     def check(self) -> None:
-        """Raises OtherProcessError if another process has failed."""
+        """Look whether another process has failed.
+
+        Raises:
+            OtherProcessError: One has; the message is that of its error.
+        """
         if self._store is not None and self._store.check(["error"]):
             raise OtherProcessError(self._store.get("error").decode())
 
     def barrier(self) -> None:
-        """Wait for all others to get here, or for one to fail.
+        """Wait until all other processes have got here.
 
         Raises:
             OtherProcessError: One of them has failed, and will not get here.
         """
         if self._store is None:
             return
-        # Not torch's own barrier, nor accelerate's: they would wait on for one that has failed.
+        # A count in the store, and not torch's barrier or that of accelerate's PartialState, which
+        # calls torch's: it would wait on for a process that has failed.
         self._barriers += 1
         key = f"barrier {self._barriers}"
         self._store.add(key, 1)
@@ -83,6 +97,15 @@ class Ranks:
         """Do some work in the first process of each machine, and only then in its others.
 
         What is downloaded or cached is then downloaded and cached once.
+
+        Args:
+            work: What to do; every process does it.
+
+        Returns:
+            What it returns here.
+
+        Raises:
+            OtherProcessError: Another process has failed.
         """
         if self.local:
             self.barrier()
@@ -92,7 +115,14 @@ class Ranks:
         return result
 
     def all_gather(self, value: T) -> list[T]:
-        """Every process's value, in their order; all processes call this together."""
+        """Return every process's value, in the order of ranks; all processes call this together.
+
+        Args:
+            value: This process's, which can be pickled.
+
+        Raises:
+            OtherProcessError: Another process has failed.
+        """
         if self._store is None:
             return [value]
         self.barrier()  # which ends if one fails; what follows would not
@@ -101,7 +131,14 @@ class Ranks:
         return values
 
     def all_reduce(self, ledger: Ledger) -> None:
-        """Give every process's ledger the sums of all; all processes call this together."""
+        """Give every process's ledger the sums of all; all processes call this together.
+
+        Args:
+            ledger: This process's; changed in place.
+
+        Raises:
+            OtherProcessError: Another process has failed.
+        """
         if self._store is None:
             return
         state = ledger.state()
@@ -124,7 +161,16 @@ class Ranks:
         ledger.load_state({"totals": totals, "rows": added, "unaccounted": refused})
 
     def end(self, error: BaseException) -> NoReturn:
-        """End this process after an error, so that only one says what it was."""
+        """End this process after an error, so that only one process says what it was.
+
+        Args:
+            error: What ended its work.
+
+        Raises:
+            OtherProcessError: This is the process that has to say it, and the error was another's,
+                or a lost connection.
+            BaseException: The error itself, where this process has to say it.
+        """
         lost = isinstance(error, dist.DistError)
         if not self.first and not lost and not isinstance(error, ObimError):
             traceback.print_exception(error)
@@ -139,7 +185,11 @@ class Ranks:
         sys.exit(1)
 
     def _tell(self, error: BaseException) -> bool:
-        """Have the first process say what the error was; whether it has, and this one need not."""
+        """Have the first process say what the error was.
+
+        Returns:
+            Whether it has said it, so that this process need not.
+        """
         assert self._store is not None
         if not isinstance(error, OtherProcessError):
             text = error.message if isinstance(error, ObimError) else repr(error)
@@ -157,13 +207,17 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Return whether a launcher has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that it was launched with, or alone."""
+    """Join the processes that this one was launched with, if any, for the time of the context.
+
+    Yields:
+        This process among them.
+    """
     if not launched():
         yield Ranks()
         return

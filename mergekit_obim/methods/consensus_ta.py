@@ -13,7 +13,7 @@ from mergekit_obim.methods.parameters import LAMBDA, WEIGHT, method_spec, per_ex
 
 
 class ConsensusTa(ExpertMethod):
-    """Task Arithmetic at the positions that several experts need. Needs no saliency."""
+    """Adds up task vectors at the positions that several experts need; reads no saliency."""
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         return merge_consensus(

@@ -49,7 +49,7 @@ class Assignment:
         owner: uint8, of the tensor's shape: indices into them, ``FREE`` for the base.
         scales: λ · weight of each of them.
         densities: Their shares; None where there are none.
-        order: The order in which they chose.
+        order: The order in which they chose; empty where there is none.
     """
 
     candidates: list[Candidate]
@@ -66,7 +66,12 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Within it, ``obim`` tells what it assigns, and merges nothing: its tensors have no values."""
+    """Have ``obim`` tell what it assigns, and merge nothing, for the time of the context.
+
+    Args:
+        observer: Called for each tensor with its inputs, its parameters and the assignment, or None
+            where no expert takes part. The tensors that the merge gives have no values meanwhile.
+    """
     token = _OBSERVER.set(observer)
     try:
         yield
@@ -75,7 +80,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 class Obim(ExpertMethod):
-    """Each position of a tensor is one expert's or the base's."""
+    """Gives each position of a tensor to one expert or leaves it to the base."""
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
@@ -100,13 +105,24 @@ class Obim(ExpertMethod):
             )
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """What becomes of a tensor without saliency."""
+        """Return what becomes of a tensor without saliency, for a warning."""
         if parameters["assignment"] == "iterative":
             return super().fallback(kind, parameters)
         return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
 
     def assign(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Assignment | None:
-        """Give the positions of one tensor to the experts; None if no expert takes part."""
+        """Give the positions of one tensor to the experts.
+
+        Args:
+            group: The base's and the experts' tensors.
+            parameters: The recipe's, and the layer's number.
+
+        Returns:
+            The assignment, or None if no expert takes part.
+
+        Raises:
+            UnscorableError: An expert's weight or score is not finite.
+        """
         scale = parameters["lambda"]
         if parameters["assignment"] != "iterative":
             # The weights are the objective's w_k here, so λ alone scales what is chosen.

@@ -14,7 +14,7 @@ from mergekit_obim.methods.parameters import DENSITY, LAMBDA, WEIGHT, method_spe
 
 
 class Pcb(ExpertMethod):
-    """Experts' parameters compete, within each tensor. Needs no saliency."""
+    """Lets the experts' parameters compete within each tensor; reads no saliency."""
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         return merge_pcb(

@@ -20,7 +20,7 @@ from mergekit_obim.methods.planning import PlannedInput
 
 
 class RegMeanDiag(ExpertMethod):
-    """The mean of the experts, weighted by h."""
+    """Takes the mean of the experts, weighted by h."""
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
@@ -29,7 +29,7 @@ class RegMeanDiag(ExpertMethod):
         check_objective_weights(output, inputs)
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """Where h is missing."""
+        """Return what becomes of a tensor without saliency, for a warning."""
         return "left out of the mean" if kind == "base" else "merged with h = 1 for every expert"
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:

@@ -46,12 +46,12 @@ class Curvature:
 
 @dataclass
 class Term:
-    """The sum over every operation of one kind.
+    """A weight's sum over every operation of one kind.
 
     Attributes:
-        total: Float64, broadcasts against the weight. Of a weight that is used expert by
-            expert, its first dim are the experts.
-        rows: How many rows it is the sum over; int64 [experts] where each has its own.
+        total: Σ of squares, float64, which broadcasts against the weight. Of a weight that is used
+            expert by expert, its first dim are the experts.
+        rows: How many rows it is the sum over; int64 [experts], on the CPU, where each has its own.
     """
 
     total: Tensor
@@ -59,8 +59,10 @@ class Term:
 
     @classmethod
     def like(cls, use: Use) -> Term:
-        """A term that such uses can be added to."""
-        # Metal has no float64; its sums of float32 stay float32.
+        """Return an empty term to which this use and its like can be added."""
+        # A batch is summed in float32, but there may be thousands of batches: in float64 adding
+        # them up loses nothing that h, in float32, would show. Metal has no float64; its sums stay
+        # float32.
         dtype = torch.float32 if use.total.device.type == "mps" else torch.float64
         shape = list(use.total.shape)
         if use.expert is not None:
@@ -71,6 +73,7 @@ class Term:
         return cls(total, torch.zeros(shape[0], dtype=torch.int64, device="cpu"))
 
     def add(self, use: Use) -> None:
+        """Add a use of the same kind."""
         if self.total.device != use.total.device:  # the state was loaded from a checkpoint
             self.total = self.total.to(use.total.device)
         if use.expert is None:
@@ -82,34 +85,39 @@ class Term:
             self.rows[use.expert] += use.rows
 
     def all_rows(self) -> int:
+        """Return how many rows it is the sum over, those of all experts together."""
         return int(self.rows.sum()) if isinstance(self.rows, Tensor) else self.rows
 
     def experts(self) -> tuple[int, ...]:
-        """How many rows each expert saw; empty if they are not told apart."""
+        """Return how many rows each expert saw; nothing if experts are not told apart."""
         return tuple(self.rows.tolist()) if isinstance(self.rows, Tensor) else ()
 
     def mean(self) -> Tensor:
-        """h, float32 on the CPU."""
+        """Return h = E[x²], float32, on the CPU.
+
+        An expert that saw fewer than :data:`FEWEST_ROWS` rows gets the mean over all experts' rows.
+        """
         if not isinstance(self.rows, Tensor):
             return (self.total / self.rows).to("cpu", torch.float32)
         total = self.total.cpu()
         rows = self.rows.view(-1, *[1] * (total.ndim - 1))
-        pooled = total.sum(0) / rows.sum()
+        pooled = total.sum(0) / rows.sum()  # each row counts once, whichever expert it went to
         return torch.where(rows < FEWEST_ROWS, pooled, total / rows.clamp(min=1)).float()
 
     def copy(self) -> Term:
-        """The same sum, that does not change when this one is added to."""
+        """Return the same sum, which does not change when this one is added to."""
         rows = self.rows.clone() if isinstance(self.rows, Tensor) else self.rows
         return Term(self.total.clone(), rows)
 
     @classmethod
     def from_state(cls, total: Tensor, rows: int | list[int]) -> Term:
+        """Return the term that :meth:`Ledger.state` gave as this."""
         on_cpu = torch.tensor(rows, device="cpu") if isinstance(rows, list) else rows
         return cls(total.clone(), on_cpu)
 
 
 class Ledger:
-    """Sums per parameter, each kind of operation with its own count, and who has no h and why.
+    """What a run has counted: sums for each parameter, and which parameters get no h, and why.
 
     Args:
         names: The model's parameters, in its order; a tied one once.
@@ -132,7 +140,11 @@ class Ledger:
         self._refused.setdefault(name, reason)
 
     def curvatures(self) -> dict[str, Curvature]:
-        """h of each measured parameter, in the model's order."""
+        """Return h of each measured parameter, in the model's order.
+
+        A parameter that is used in several ways, as an embedding and as the head, has the sum of
+        the means: what it would cost is the sum of what it would cost at each place.
+        """
         measured = {}
         for name in self._names:
             terms = [t for t in self._terms.get(name, {}).values() if t.all_rows() > 0]
@@ -144,7 +156,7 @@ class Ledger:
         return measured
 
     def unscored(self) -> dict[str, str]:
-        """Every other parameter, with the reason why it has no h."""
+        """Return every other parameter, with the reason why it has no h."""
         reasons = {}
         for name in self._names:
             terms = self._terms.get(name, {})
@@ -157,9 +169,12 @@ class Ledger:
         return reasons
 
     def state(self) -> dict[str, Any]:
-        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings.
+        """Return everything counted so far, in a form that can be saved.
 
-        The rows of fused experts are lists of ints.
+        Returns:
+            ``totals``: by ``kind:parameter``, tensors (float64, CPU), not copied where they are on
+            the CPU anyway. ``rows``: by the same keys ints, or lists of ints for fused experts.
+            ``unaccounted``: by parameter, why it gets no h.
         """
         terms = {
             f"{row}:{name}": term
@@ -181,7 +196,7 @@ class Ledger:
         self._refused = dict(state["unaccounted"])
 
     def snapshot(self) -> Ledger:
-        """Everything counted so far, which does not change when this ledger is added to."""
+        """Return a copy, which does not change when this ledger is added to."""
         copy = Ledger(self._names)
         for name, by_row in self._terms.items():
             copy._terms[name] = {row: term.copy() for row, term in by_row.items()}
