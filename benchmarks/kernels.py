@@ -17,7 +17,7 @@ import click
 import torch
 
 from mergekit_obim.kernels.blocks import blocks, one_thread, scratch
-from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
 from mergekit_obim.kernels.selection import all_free, claim_top
@@ -76,10 +76,10 @@ def measure(rows: int, columns: int, experts: int, device: torch.device, repeats
     for name, criterion in criteria.items():
         candidates = [Candidate(tensor, base, criterion) for tensor in tuned]
         masks = median_time(
-            lambda c=candidates: exclusive_masks(c, density, range(experts)), device, repeats
+            lambda c=candidates: iterative_owners(c, density, range(experts)), device, repeats
         )
         result[f"masks_{name}"] = masks / copy
-    owner = exclusive_masks(candidates, density, range(experts))
+    owner = iterative_owners(candidates, density, range(experts))
     merge = median_time(lambda: merge_owned(base, tuned, owner, [1.0] * experts), device, repeats)
     result["merge"] = merge / copy
     # What must move: the base and every expert in, the merged tensor out, 2 bytes each; the

@@ -6,7 +6,6 @@ activations and takes gradients.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from architectures import ARCHITECTURES, DEFINED, EXCLUDED, UPSTREAM, coverage
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
 from square_gradients import SquareGradients
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEWEST_ROWS = 32
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
@@ -35,15 +36,6 @@ def page() -> dict[str, list[str]]:
         if line.startswith("| ")
     ]
     return {first: rest for first, *rest in rows}
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def reference_sums(model: Any, sequences: list[Tensor]) -> SquareGradients:
@@ -72,7 +64,7 @@ def test_every_h_equals_the_reference(name: str) -> None:
     with CurvatureCapture(model) as capture:
         for ids in sequences:
             feed(model, ids[None])
-    curvatures, unscored, state = capture.curvatures(), capture.unscored(), capture.state()
+    curvatures, unscored, state = capture.curvatures(), capture.unscored(), capture.ledger.state()
     shapes = {parameter: p.shape for parameter, p in model.named_parameters()}
     assert curvatures.keys() | unscored.keys() == shapes.keys()
     assert not curvatures.keys() & unscored.keys()

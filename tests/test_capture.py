@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -17,17 +16,10 @@ import tiny_models
 from mergekit_obim.calibration.capture import Curvature, CurvatureCapture
 from mergekit_obim.errors import CalibrationError
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SCORED_WHOLE = [name for name in tiny_models.NAMES if name not in ("mixtral", "mamba")]
 LENGTHS = (7, 5, 7, 3, 7, 5)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def capture_h(
@@ -435,7 +427,7 @@ def test_a_run_goes_on_from_its_state() -> None:
     whole, reference = capture_h(model, batches)
     _, first = capture_h(model, batches[:2])
     resumed = CurvatureCapture(model)
-    resumed.load_state(first.state())
+    resumed.ledger.load_state(first.ledger.state())
     with resumed:
         for batch in batches[2:]:
             model(input_ids=batch)
@@ -460,7 +452,7 @@ def test_what_an_error_ends_counts_for_nothing() -> None:
     model = tiny_models.build("mixtral")
     batches = batched(2)
     _, capture = capture_h(model, batches[:1])
-    before = capture.state()
+    before = capture.ledger.state()
     before["totals"] = {name: total.clone() for name, total in before["totals"].items()}
 
     def fail() -> None:
@@ -470,7 +462,7 @@ def test_what_an_error_ends_counts_for_nothing() -> None:
 
     with pytest.raises(RuntimeError, match="halfway"):
         fail()
-    after = capture.state()
+    after = capture.ledger.state()
     assert {key: after[key] for key in ("rows", "unaccounted")} == {
         key: before[key] for key in ("rows", "unaccounted")
     }
@@ -478,7 +470,7 @@ def test_what_an_error_ends_counts_for_nothing() -> None:
     assert all(torch.equal(t, before["totals"][name]) for name, t in after["totals"].items())
     with capture:
         model(input_ids=batches[1])
-    assert capture.state()["rows"] != before["rows"]
+    assert capture.ledger.state()["rows"] != before["rows"]
 
 
 def test_gradients_are_off_and_inference_mode_is_left() -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 from transformers import AutoTokenizer
 
@@ -17,14 +15,7 @@ from benchmarks import demo
 from benchmarks.corpus import SPLITS, TASKS, Corpus, load_corpus
 from benchmarks.tiny_llama import BOS, Training, byte_tokenizer, held_out_loss, stream, train
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Micro models gain nothing from threads, and lose much where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

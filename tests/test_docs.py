@@ -7,6 +7,7 @@ Every fenced block has an HTML comment before it, which readers do not see:
                             (`run anew`: the saliency files that are there are removed before)
     <!-- test: output -->   every line was printed by the last run; … stands for anything
     <!-- test: python -->   the block is executed
+    <!-- test: quote PATH --> each of its paragraphs is in that file of the repository
     <!-- test: file NAME -->  the block is written to NAME
     <!-- test: plan -->     the block, laid over the page's first recipe, is planned by mergekit
                             (`plan without KEY`: without that key of the recipe)
@@ -126,6 +127,11 @@ class Reader:
     def do(self, block: Block) -> None:
         assert _LANGUAGE.get(block.kind or "", block.language) == block.language
         getattr(self, f"_{block.kind}")(block)
+
+    def _quote(self, block: Block) -> None:
+        source = (ROOT / block.argument).read_text(encoding="utf-8")
+        for paragraph in block.text.strip().split("\n\n"):
+            assert paragraph.strip("\n") in source, paragraph
 
     def _skip(self, block: Block) -> None:
         assert block.argument, "say why"
@@ -255,7 +261,7 @@ def test_links_within_the_repository_lead_somewhere(page: Path) -> None:
 
 
 def test_every_function_that_the_method_page_names_exists() -> None:
-    names = re.findall(r"`((?:kernels|calibration|layers|methods)\.[\w.]+)`", METHOD)
+    names = re.findall(r"`((?:kernels|calibration|models|methods)\.[\w.]+)`", METHOD)
     assert len(names) > 20
     for name in names:
         parts = name.split(".")

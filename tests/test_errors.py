@@ -783,9 +783,10 @@ def test_device_that_is_not_there(world: World, refuse_prepass: Callable[..., st
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has …"),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be …"),
         MemoryError(),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "driver", "python"],
 )
 def test_model_that_does_not_fit(
     world: World,

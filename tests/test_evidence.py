@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,9 @@ from benchmarks.evidence.lab import BASE, CHECKPOINTS, SCALES, TASKS, TRIO, Lab,
 from benchmarks.evidence.tables import TABLES, methods
 from benchmarks.tiny_llama import held_out_loss, load, stream
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SMOKE = SCALES["smoke"]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Micro models gain nothing from threads, and lose much where others use the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -14,20 +14,14 @@ import tiny_models
 from architectures import ARCHITECTURES
 from mergekit_obim.calibration.capture import Curvature, CurvatureCapture
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MIXTURES = (
     *("mixtral", "qwen2_moe", "qwen3_moe", "glm4moe", "deepseek_v3", "gpt_oss", "granitemoe"),
     *("llama4_text", "phimoe", "olmoe", "afmoe_partial", "qwen3_next"),
 )
 FEWEST_ROWS = 32
 LENGTHS = (40, 30, 7)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def measured(model: Any, lengths: tuple[int, ...] = LENGTHS) -> CurvatureCapture:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -128,13 +130,13 @@ def test_how_tensors_are_cut_and_sampled(
     commands.same_tensors(merged, plain[method])
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("number", [1, 2])
 def test_threads(
-    threads: int, world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
+    number: int, world: World, plain: dict[str, dict[str, torch.Tensor]], tmp_path: Path
 ) -> None:
     # mergekit's -j in a process of its own is in test_methods.
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
+    torch.set_num_threads(number)
     inside = []
 
     def bracket(*arguments: Any) -> tuple[float, float]:
@@ -142,28 +144,53 @@ def test_threads(
         return found(*arguments)
 
     found = selection._bracket
-    try:
-        with (
-            mock.patch.object(selection, "_bracket", bracket),
-            mock.patch.multiple(selection, _RUNS=1, _RUN_LENGTH=4),
-        ):
-            commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
-        assert torch.get_num_threads() == threads  # what else the process does keeps them
-    finally:
-        torch.set_num_threads(before)
+    with (
+        mock.patch.object(selection, "_bracket", bracket),
+        mock.patch.multiple(selection, _RUNS=1, _RUN_LENGTH=4),
+    ):
+        commands.same_tensors(merge(world, "obim", tmp_path), plain["obim"])
+    assert torch.get_num_threads() == number  # what else the process does keeps them
     assert set(inside) == {1}
 
 
-def test_threads_come_back_after_an_error() -> None:
-    before = torch.get_num_threads()
+@pytest.mark.usefixtures("threads")
+def test_threads_come_back_after_nested_uses_and_errors() -> None:
     torch.set_num_threads(2)
-    try:
-        with contextlib.suppress(ValueError), blocks.one_thread():
+    with contextlib.suppress(ValueError), blocks.one_thread():
+        with blocks.one_thread():
             assert torch.get_num_threads() == 1
-            raise ValueError
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
+        assert torch.get_num_threads() == 1
+        raise ValueError
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("threads")
+def test_threads_come_back_after_merges_that_overlap() -> None:
+    """The second begins while the first runs, and outlives it."""
+    torch.set_num_threads(2)
+    both, first_left = threading.Barrier(2, timeout=60), threading.Event()
+
+    def first() -> int:
+        with blocks.one_thread():
+            both.wait()  # the second may begin
+            both.wait()  # it has
+        first_left.set()
+        return torch.get_num_threads()
+
+    def second() -> int:
+        both.wait()
+        with blocks.one_thread():
+            both.wait()
+            assert first_left.wait(60)
+            assert torch.get_num_threads() == 1
+        return torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        futures = [pool.submit(first), pool.submit(second)]
+        assert [future.result() for future in futures] == [2, 2]
+    with ThreadPoolExecutor(1) as pool:  # a thread that is new
+        assert pool.submit(torch.get_num_threads).result() == 2
+    assert torch.get_num_threads() == 2
 
 
 def test_files_let_go_of_in_between(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from unittest import mock
 
 import numpy as np
@@ -27,8 +27,8 @@ from kernel_inputs import (
     strided,
 )
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import blocks, masked, selection
-from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels import backend, blocks, selection
+from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import (
     Candidate,
@@ -49,20 +49,13 @@ def obim(
     order: Sequence[int],
     lambda_: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    owner = exclusive_masks(candidates_of(base, experts), densities_of(experts), order)
+    owner = iterative_owners(candidates_of(base, experts), densities_of(experts), order)
     scales = [e.weight * lambda_ for e in experts]
     return owner, merge_owned(base, [e.tensor for e in experts], owner, scales)
 
 
 def flat_owner(owner: torch.Tensor) -> list[int]:
     return [reference.BASE if k == FREE else k for k in owner.reshape(-1).tolist()]
-
-
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 # --- against the reference ----------------------------------------------------------------
@@ -303,7 +296,7 @@ def test_what_runs_on_other_devices_gives_the_same(
     """torch's operations instead of numpy's, here on the CPU; a GPU has a test below."""
     base, experts, order, lambda_ = merge
     owner, merged = obim(base, experts, order, lambda_)
-    with cut_into(*cut), mock.patch.object(masked, "_by_numpy", return_value=False):
+    with cut_into(*cut), mock.patch.object(backend, "_uses_numpy", return_value=False):
         owner_2, merged_2 = obim(base, experts, order, lambda_)
     assert torch.equal(owner, owner_2)
     assert same_bits(merged, merged_2)
@@ -311,7 +304,7 @@ def test_what_runs_on_other_devices_gives_the_same(
 
 @pytest.mark.parametrize("kind", large_inputs())
 def test_selection_on_other_devices_gives_the_same(kind: str) -> None:
-    with mock.patch.object(masked, "_by_numpy", return_value=False):
+    with mock.patch.object(backend, "_uses_numpy", return_value=False):
         test_selection_is_exact_whatever_the_sample_saw(kind, (64, 1), torch.bfloat16)
 
 
@@ -408,21 +401,21 @@ def test_random_ranking_depends_on_the_flat_index_alone(dtype: torch.dtype) -> N
     def owner(block: int, shape: tuple[int, ...]) -> list[int]:
         view = Candidate(candidate.expert.view(shape), base.view(shape), candidate.criterion)
         with mock.patch.object(blocks, "CPU_BLOCK", block):
-            return exclusive_masks([view], [0.3], [0]).reshape(-1).tolist()
+            return iterative_owners([view], [0.3], [0]).reshape(-1).tolist()
 
     first = owner(1 << 16, (40, 30))
     assert first.count(0) == 360
     assert owner(7, (40, 30)) == first
     assert owner(1, (4, 10, 30)) == first
     transposed = Candidate(strided(candidate.expert, "transposed"), base, candidate.criterion)
-    assert exclusive_masks([transposed], [0.3], [0]).reshape(-1).tolist() == first
+    assert iterative_owners([transposed], [0.3], [0]).reshape(-1).tolist() == first
 
 
 def test_random_rankings_differ_by_seed_tensor_and_expert() -> None:
     base, expert = torch.zeros(2000), torch.ones(2000)
     keys = [(0, "a", 0), (1, "a", 0), (0, "b", 0), (0, "a", 1)]
     masks = [
-        exclusive_masks([Candidate(expert, base, RandomScores(random_key(*key)))], [0.5], [0]) == 0
+        iterative_owners([Candidate(expert, base, RandomScores(random_key(*key)))], [0.5], [0]) == 0
         for key in keys
     ]
     for mask in masks:
@@ -437,7 +430,7 @@ def test_random_rankings_differ_by_seed_tensor_and_expert() -> None:
 def test_random_claims_nothing_that_does_not_differ() -> None:
     base = torch.zeros(100)
     expert = (torch.arange(100) % 4 == 0).float()
-    owner = exclusive_masks([Candidate(expert, base, RandomScores(7))], [0.5], [0])
+    owner = iterative_owners([Candidate(expert, base, RandomScores(7))], [0.5], [0])
     assert torch.equal(owner == 0, expert == 1)
 
 
@@ -457,7 +450,7 @@ def test_weights_that_are_not_finite_are_refused(
         pair = {"base": torch.zeros(20, 30), "expert": torch.ones(20, 30)}
         pair[where][13, 7] = bad
         with cut_into(1 << 16, sample), pytest.raises(UnscorableError, match="not finite"):
-            exclusive_masks([Candidate(**pair, criterion=criterion)], [0.1], [0])
+            iterative_owners([Candidate(**pair, criterion=criterion)], [0.1], [0])
 
 
 @pytest.mark.parametrize("kind", ["obim", "ties"])
@@ -469,7 +462,7 @@ def test_an_expert_that_claims_nothing_leaves_no_trace(kind: str) -> None:
     if kind == "ties":
         merged = merge_ties([broken, sound], [0.0, 1.0], [1.0, 1.0], 1.0)
     else:
-        owner = exclusive_masks([broken, sound], [0.0, 1.0], [0, 1])
+        owner = iterative_owners([broken, sound], [0.0, 1.0], [0, 1])
         merged = merge_owned(base, [broken.expert, sound.expert], owner, [0.5, 1.0])
     assert merged.tolist() == [3.0, 3.0]
 
@@ -477,7 +470,7 @@ def test_an_expert_that_claims_nothing_leaves_no_trace(kind: str) -> None:
 def test_more_experts_than_labels_are_refused() -> None:
     candidate = Candidate(torch.ones(1), torch.zeros(1), Magnitude())
     with pytest.raises(ValueError, match="at most 254"):
-        exclusive_masks([candidate] * 255, [0.0] * 255, range(255))
+        iterative_owners([candidate] * 255, [0.0] * 255, range(255))
 
 
 # --- GPU ----------------------------------------------------------------------------------
@@ -497,7 +490,7 @@ def test_a_gpu_gives_the_cpus_result_bit_for_bit() -> None:
             )
             for e in experts
         ]
-        owner = exclusive_masks(candidates, densities_of(experts), order)
+        owner = iterative_owners(candidates, densities_of(experts), order)
         scaled = merge_owned(there, [c.expert for c in candidates], owner, [0.3, 1.0, 0.7])
         ties = merge_ties(candidates, [0.5, 0.2, 0.2], [1.0, 0.3, -0.7], 0.7)
         outcomes.append([t.cpu() for t in (owner, scaled, ties)])

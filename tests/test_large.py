@@ -20,7 +20,7 @@ PEAK = """
 import json, re, sys
 import numpy as np
 import torch
-from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Saliency
 from mergekit_obim.kernels.selection import FREE
@@ -71,7 +71,7 @@ candidates = [
 before = resident("VmRSS")
 assert before > 4 * base.nbytes, "the inputs are in memory"
 open("/proc/self/clear_refs", "w").write("5")  # the peak starts anew
-owner = exclusive_masks(candidates, [0.4, 0.35, 0.25], [0, 1, 2])
+owner = iterative_owners(candidates, [0.4, 0.35, 0.25], [0, 1, 2])
 merged = merge_owned(base, experts, owner, [1.0] * 3)
 extra = (resident("VmHWM") - before) / base.numel()
 check(owner, candidates, [round(d * base.numel()) for d in (0.4, 0.35)])
@@ -95,7 +95,7 @@ candidates = [
 ]
 before = resident("VmRSS")
 open("/proc/self/clear_refs", "w").write("5")
-owner = exclusive_masks(candidates, [0.3, 0.3], [0, 1])
+owner = iterative_owners(candidates, [0.3, 0.3], [0, 1])
 extra = (resident("VmHWM") - before) / owner.numel()
 check(owner, candidates, [round(0.3 * owner.numel())] * 2)
 print(json.dumps({"bytes_per_element": extra}))

@@ -23,16 +23,15 @@ from kernel_inputs import (
     same_bits,
 )
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import blocks, masked
-from mergekit_obim.kernels.consensus import merge_consensus
-from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
+from mergekit_obim.kernels import backend, blocks
+from mergekit_obim.kernels.baselines.consensus import merge_consensus
+from mergekit_obim.kernels.baselines.pcb import merge_pcb
+from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
-from mergekit_obim.kernels.obm_sign import merge_obm_sign
-from mergekit_obim.kernels.pcb import merge_pcb
 from mergekit_obim.kernels.regmean import merge_regmean
 from mergekit_obim.kernels.scores import Candidate, GivenScores, Magnitude, Saliency
 from mergekit_obim.kernels.selection import FREE
-from mergekit_obim.kernels.ties import merge_ties
+from mergekit_obim.kernels.ties import merge_obm_sign, merge_ties
 from reference import Expert
 
 Merge = tuple[torch.Tensor, list[Expert], list[int], float]
@@ -40,7 +39,7 @@ Cut = tuple[int, tuple[int, int]]
 
 
 def least_error(base: torch.Tensor, experts: Sequence[Expert]) -> list[int]:
-    owner = least_error_masks(candidates_of(base, experts), [e.weight for e in experts])
+    owner = least_error_owners(candidates_of(base, experts), [e.weight for e in experts])
     assert owner.shape == base.shape
     return [reference.BASE if k == FREE else k for k in owner.reshape(-1).tolist()]
 
@@ -100,7 +99,7 @@ def test_least_error_is_the_reference(merge: Merge, cut: Cut, stretch: float) ->
     without_negative_weights(experts)
     candidates, weights = candidates_of(base, experts), [e.weight for e in experts]
     with cut_into(*cut):
-        owner = unchanged(lambda: least_error_masks(candidates, weights, stretch), merge)
+        owner = unchanged(lambda: least_error_owners(candidates, weights, stretch), merge)
     expected = reference.least_error_owners(reference.objective(base, experts), stretch)
     assert [reference.BASE if k == FREE else k for k in owner.reshape(-1).tolist()] == expected
     merged = merge_owned(base, [e.tensor for e in experts], owner, [lambda_] * len(experts))
@@ -136,7 +135,7 @@ def test_what_is_chosen_is_nearest_to_the_stretched_mean(stretch: float) -> None
     weights = [1.0, 2.0, 0.5, 1.0]
     base = torch.zeros(500, dtype=torch.float64)
     candidates = [Candidate(d, base, Saliency(x)) for d, x in zip(deltas, h, strict=True)]
-    owner = least_error_masks(candidates, weights, stretch).long()
+    owner = least_error_owners(candidates, weights, stretch).long()
     counted = h * torch.tensor(weights, dtype=torch.float64)[:, None]
     target = stretch * (counted * deltas).sum(0) / counted.sum(0)
     values = torch.cat([deltas, base[None]])
@@ -218,7 +217,7 @@ def test_a_dense_file_knows_h_where_the_expert_differs() -> None:
 def test_more_experts_than_labels_are_refused() -> None:
     candidate = Candidate(torch.ones(1), torch.zeros(1), Magnitude())
     with pytest.raises(ValueError, match="at most 254"):
-        least_error_masks([candidate] * 255, [1.0] * 255)
+        least_error_owners([candidate] * 255, [1.0] * 255)
 
 
 # --- the means, signs and masks ------------------------------------------------------------
@@ -370,7 +369,7 @@ def test_pcb_with_many_experts_does_not_overflow() -> None:
 # --- all of them ---------------------------------------------------------------------------
 
 METHODS: dict[str, Callable[[torch.Tensor, Sequence[Expert]], torch.Tensor]] = {
-    "least_error": lambda base, experts: least_error_masks(
+    "least_error": lambda base, experts: least_error_owners(
         candidates_of(base, experts), [e.weight for e in experts]
     ),
     "regmean": regmean,
@@ -380,22 +379,19 @@ METHODS: dict[str, Callable[[torch.Tensor, Sequence[Expert]], torch.Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_merge_is_the_same_with_any_cut_and_threads(method: str) -> None:
     base, experts, _ = big_merge()
-    before = torch.get_num_threads()
 
     def merged(threads: int, block: int) -> torch.Tensor:
         torch.set_num_threads(threads)
         with mock.patch.object(blocks, "CPU_BLOCK", block):
             return METHODS[method](base, experts)
 
-    try:
-        first = merged(1, blocks.CPU_BLOCK)
-        assert torch.equal(first, merged(2, blocks.CPU_BLOCK))
-        assert torch.equal(first, merged(2, 12345))
-    finally:
-        torch.set_num_threads(before)
+    first = merged(1, blocks.CPU_BLOCK)
+    assert torch.equal(first, merged(2, blocks.CPU_BLOCK))
+    assert torch.equal(first, merged(2, 12345))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -406,7 +402,7 @@ def test_torchs_operations_give_what_numpys_do(method: str) -> None:
     experts = [Expert(e.tensor[rows], e.density, h=e.h, weight=0.7) for e in experts]
     experts[2].dense = experts[0].tensor.float().abs()
     usual = METHODS[method](base, experts)
-    with mock.patch.object(masked, "_by_numpy", return_value=False):
+    with mock.patch.object(backend, "_uses_numpy", return_value=False):
         assert torch.equal(METHODS[method](base, experts), usual)
 
 
@@ -426,13 +422,13 @@ def test_weights_that_are_not_finite_are_refused(method: str, where: str, bad: f
 def test_an_h_of_zero_hides_no_bad_weight() -> None:
     candidate = Candidate(torch.tensor([float("inf")]), torch.zeros(1), Saliency(torch.zeros(1)))
     with pytest.raises(UnscorableError, match="not finite"):
-        least_error_masks([candidate], [1.0])
+        least_error_owners([candidate], [1.0])
 
 
 def test_a_dense_score_of_a_vanishing_difference_is_no_error() -> None:
     """δ² underflows to 0: nothing is known of h there."""
     tiny = Candidate(torch.tensor([1e-30]), torch.zeros(1), GivenScores(torch.zeros(1)))
-    assert least_error_masks([tiny], [1.0]).tolist() == [FREE]
+    assert least_error_owners([tiny], [1.0]).tolist() == [FREE]
 
 
 @pytest.mark.gpu

@@ -6,7 +6,7 @@ import logging
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,21 +42,14 @@ from mergekit_obim.saliency.file import (
 from mergekit_obim.saliency.fingerprint import fingerprint
 from reference import Expert
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 register()
 
 
 @pytest.fixture(scope="module")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return checkpoints.write_family(tmp_path_factory.mktemp("family"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tensors this small only lose time to threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe(

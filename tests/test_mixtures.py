@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,16 +22,10 @@ from mergekit_obim.saliency.file import saliency_file_name
 from test_experts import FEWEST_ROWS, NaiveExperts
 from tiny_tokenizers import VOCAB_SIZE, byte_ids, byte_tokenizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DENSITIES = (0.5, 0.25)
 LENGTH = 24
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_models(name: str, root: Path) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,8 @@ import tiny_models
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.models.names import weight_names
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # mergekit has no definition of these: it infers their tensors from the checkpoint.
 INFERRED = {"opt", "bloom"}
 # What mergekit's definitions plan and these checkpoints do not hold: buffers, mostly.
@@ -24,14 +25,6 @@ NOT_STORED = {
     "falcon-old": r"transformer\.h\.\d+\.ln_(attn|mlp)\.(weight|bias)|lm_head\.weight",
     "bert-masked": r"bert\.(embeddings\.position_ids|pooler\.dense\.(weight|bias))",
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def stored_names(folder: Path) -> list[str]:

@@ -349,7 +349,7 @@ def test_killed_together_they_go_on_to_the_same_bits(world: World, tmp_path: Pat
 
 def test_sums_of_another_number_of_processes_are_not_used(world: World, tmp_path: Path) -> None:
     path = commands.write_recipe(tmp_path, world.recipe())
-    broken = only_in_the_second("ranks", "Ranks.add_up", lambda *_: os._exit(9))
+    broken = only_in_the_second("ranks", "Ranks.all_reduce", lambda *_: os._exit(9))
     done = run_pair(tmp_path, path, "out", patch=broken, **{INTERVAL: "0"})
     assert done.returncode == 9
     assert len(list((tmp_path / "out").glob(".*.sums"))) == 2

@@ -249,7 +249,7 @@ def test_the_curve_passes_through_the_recipe(family: Family, tmp_path: Path) -> 
 
 
 def test_large_tensors_are_sampled_for_the_curve(tmp_path: Path) -> None:
-    from mergekit_obim.kernels.exclusive import exclusive_masks
+    from mergekit_obim.kernels.iterative import iterative_owners
     from mergekit_obim.kernels.scores import Candidate, Saliency
     from mergekit_obim.methods.obim import Assignment
     from mergekit_obim.report import gather
@@ -260,7 +260,7 @@ def test_large_tensors_are_sampled_for_the_curve(tmp_path: Path) -> None:
     experts = [base + 0.1 * torch.randn(shape, generator=generator) for _ in range(2)]
     h = Saliency(torch.rand((1, 700), generator=generator))
     candidates = [Candidate(expert, base, h) for expert in experts]
-    owner = exclusive_masks(candidates, [0.3, 0.3], [0, 1])
+    owner = iterative_owners(candidates, [0.3, 0.3], [0, 1])
     exact = gather.tally(candidates, owner, [1, 1])
     curve: dict[tuple[str, float], Any] = {}
     assignment = Assignment(candidates, owner, [1, 1], [0.3, 0.3], [0, 1])
@@ -275,8 +275,8 @@ def test_large_tensors_are_sampled_for_the_curve(tmp_path: Path) -> None:
         Candidate(e.view(-1), base.view(-1), Saliency(h.h.expand(shape).reshape(-1)))
         for e in experts
     ]
-    whole = (gather.wishes(everywhere, [0.3, 0.3]) > 1).mean()
-    assert (gather.wishes(sampled, [0.3, 0.3]) > 1).mean() == pytest.approx(whole, abs=0.02)
+    whole = (gather.claim_counts(everywhere, [0.3, 0.3]) > 1).mean()
+    assert (gather.claim_counts(sampled, [0.3, 0.3]) > 1).mean() == pytest.approx(whole, abs=0.02)
 
 
 def test_kinship_is_that_of_the_task_vectors(family: Family, tmp_path: Path) -> None:

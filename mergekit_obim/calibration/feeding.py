@@ -1,4 +1,4 @@
-"""Running text, and images, through a model, or through what part of it takes text."""
+"""Running text and images through a model, or through the part of it that takes text."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from transformers import BatchFeature, PreTrainedModel
 
 
 def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> None:
-    """One forward pass.
+    """Run one forward pass, of which nothing is kept.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
     its own training on text. Of a model that takes no text (speech), the decoder runs alone,
     without its cross-attention; everything else is never used.
 
     Args:
-        model: Of any of transformers' classes.
+        model: A model of any of transformers' classes, in eval mode.
         ids: [sequences, tokens], int64, on the model's device; no padding.
-        images: What the model's processor gives beside the ids, of a row with images.
+        images: What the model's processor gives beside the ids for one row with images.
     """
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)

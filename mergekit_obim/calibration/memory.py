@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 # On a CPU memory runs out without an error that one could react to, and passes of this many
@@ -18,23 +17,21 @@ _TOKENS = 32768
 
 
 def most_tokens(model: nn.Module, device: torch.device) -> int:
-    """How many tokens `batch_size: auto` tries in a forward pass, to begin with."""
+    """Return how many tokens `batch_size: auto` tries in a forward pass, to begin with.
+
+    Args:
+        model: The model, on its device or offloaded.
+        device: Where it computes.
+    """
     if device.type not in ("cpu", "mps"):  # which share their memory with all else
         return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
 
 
-def out_of_memory(error: BaseException) -> bool:
-    # Only accelerators have an exception of their own; CPU and MPS say it in words.
-    words = ("out of memory", "can't allocate memory")
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-    )
-
-
-def release() -> None:
-    """Give back what a forward pass that failed had taken."""
-    gc.collect()
-    if torch.accelerator.is_available():
-        torch.accelerator.empty_cache()
+def out_of_memory(error: Exception) -> bool:
+    """Return whether an error says that memory ran out, on any device."""
+    # accelerate knows what the allocators of CPUs and accelerators say; not the CUDA driver, which
+    # speaks first where other processes hold the memory, nor, in its older versions, Metal.
+    words = "out of memory" in str(error) or should_reduce_batch_size(error)
+    return words or isinstance(error, MemoryError)

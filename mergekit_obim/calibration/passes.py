@@ -1,4 +1,7 @@
-"""Every calibration sequence through the model once; nothing is kept of a batch but its sums."""
+"""Running every calibration sequence through the model once.
+
+Nothing is kept of a batch but its sums.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
@@ -15,7 +19,7 @@ from mergekit_obim.calibration.capture import CurvatureCapture, input_device
 from mergekit_obim.calibration.data import next_batch
 from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.images import WithImages
-from mergekit_obim.calibration.memory import most_tokens, out_of_memory, release
+from mergekit_obim.calibration.memory import most_tokens, out_of_memory
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
 
@@ -32,9 +36,9 @@ def run_through(
     ranks: Ranks,
     quiet: bool,
 ) -> CurvatureCapture:
-    """Run the model over this process's share, from the checkpoint on if there is one.
+    """Run the model over this process's share of the data, from the checkpoint on if there is one.
 
-    Longest first, so that memory runs out at the start or not at all.
+    The longest sequences come first, so that memory runs out at the start or not at all.
 
     Args:
         model: In eval mode.
@@ -64,7 +68,7 @@ def run_through(
     sums, unusable = checkpoint.load()
     if sums is not None:
         done, tokens = sums.done, min(tokens, sums.tokens)
-        capture.load_state(sums.state)
+        capture.ledger.load_state(sums.state)
         del sums  # its tensors are the file's, mapped
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
@@ -85,15 +89,14 @@ def run_through(
             if not _fits(model, ids, images, capture, may_not=may_not):
                 tokens = len(rows) // 2 * longest
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
-                release()
+                clear_device_cache(garbage_collection=True)
                 continue
             ranks.check()
             done += len(rows)
             progress.update(len(rows) * longest)
             if checkpoint.due():
-                checkpoint.save(Sums(done, tokens, capture.state()))
-    ranks.meet()
-    ranks.add_up(capture)
+                checkpoint.save(Sums(done, tokens, capture.ledger.state()))
+    ranks.all_reduce(capture.ledger)
     return capture
 
 
@@ -105,7 +108,7 @@ def _fits(
     *,
     may_not: bool,
 ) -> bool:
-    """Run a batch; whether memory sufficed. If not, nothing of it was counted."""
+    """Run a batch, and return whether memory sufficed; if not, nothing of it was counted."""
     try:
         with capture:  # which turns gradients off
             feed(model, ids, images)

@@ -1,4 +1,4 @@
-"""Several processes that share the calibration data: under ``torchrun``, ``accelerate launch``.
+"""Several processes that share the calibration data, under ``torchrun`` or ``accelerate launch``.
 
 Every process loads the model and measures its share of the sequences; the sums are added up over
 all of them, and the first writes. Files, models and data may be on a disk that they share or on
@@ -10,19 +10,18 @@ between any two batches: it ends with that one line, and the launcher ends the o
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.capture import Ledger
 from mergekit_obim.errors import ObimError, OtherProcessError, quoted
 
 if TYPE_CHECKING:
@@ -30,8 +29,11 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _POLL_SECONDS = 0.02
-# How long a process that failed waits for the first to say so: it looks between batches.
+# How long a process that failed waits for the first to say so: it looks between batches, and one
+# of an offloaded model may take minutes.
 _PATIENCE_SECONDS = 600
+# How long it then leaves the first to end with its line before it ends itself, on which the
+# launcher ends all.
 _SAYING_SECONDS = 5
 
 
@@ -40,8 +42,13 @@ class Ranks:
 
     Attributes:
         rank: Its number, from 0.
-        world: How many there are.
-        local: Its number on its machine.
+        world: How many processes there are.
+        local: Its number on its machine, from 0.
+
+    Args:
+        rank, world, local: As the attributes.
+        store: The launcher's key-value store, if there are others; then torch's process group
+            has been initialised.
     """
 
     def __init__(
@@ -49,88 +56,121 @@ class Ranks:
     ) -> None:
         self.rank, self.world, self.local = rank, world, local
         self._store = store
-        self._meetings = 0
+        self._barriers = 0
 
     @property
     def first(self) -> bool:
+        """Whether this is the process that writes files and speaks to the user."""
         return self.rank == 0
 
     def share(self, ordered: Sequence[T]) -> Sequence[T]:
-        """This process's share: every `world`-th, so that sorted lengths are shared evenly."""
+        """Return every `world`-th item, so that sequences sorted by length are shared evenly."""
         return ordered[self.rank :: self.world]
 
     def check(self) -> None:
-        """Raises OtherProcessError if another process has failed."""
+        """Look whether another process has failed.
+
+        Raises:
+            OtherProcessError: One has; the message is that of its error.
+        """
         if self._store is not None and self._store.check(["error"]):
             raise OtherProcessError(self._store.get("error").decode())
 
-    def meet(self) -> None:
-        """Wait for all others to get here.
+    def barrier(self) -> None:
+        """Wait until all other processes have got here.
 
         Raises:
-            OtherProcessError: One will not.
+            OtherProcessError: One of them has failed, and will not get here.
         """
         if self._store is None:
             return
-        self._meetings += 1
-        key = f"meeting {self._meetings}"
+        # A count in the store, and not torch's barrier or that of accelerate's PartialState, which
+        # calls torch's: it would wait on for a process that has failed.
+        self._barriers += 1
+        key = f"barrier {self._barriers}"
         self._store.add(key, 1)
         while self._store.add(key, 0) < self.world:
             self.check()
             time.sleep(_POLL_SECONDS)
 
-    def machine_by_machine(self, work: Callable[[], T]) -> T:
-        """Do it in the first process of each machine, and only then in its others.
+    def local_first(self, work: Callable[[], T]) -> T:
+        """Do some work in the first process of each machine, and only then in its others.
 
         What is downloaded or cached is then downloaded and cached once.
+
+        Args:
+            work: What to do; every process does it.
+
+        Returns:
+            What it returns here.
+
+        Raises:
+            OtherProcessError: Another process has failed.
         """
         if self.local:
-            self.meet()
+            self.barrier()
         result = work()
         if not self.local:
-            self.meet()
+            self.barrier()
         return result
 
-    def all(self, value: T) -> list[T]:
-        """Every process's value (JSON-able), in their order; all processes call this together."""
+    def all_gather(self, value: T) -> list[T]:
+        """Return every process's value, in the order of ranks; all processes call this together.
+
+        Args:
+            value: This process's, which can be pickled.
+
+        Raises:
+            OtherProcessError: Another process has failed.
+        """
         if self._store is None:
             return [value]
-        self._store.set(f"value {self._meetings} {self.rank}", json.dumps(value))
-        self.meet()
-        keys = [f"value {self._meetings - 1} {rank}" for rank in range(self.world)]
-        return [json.loads(text) for text in self._store.multi_get(keys)]
+        self.barrier()  # which ends if one fails; what follows would not
+        values = [value] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
-    def add_up(self, capture: CurvatureCapture) -> None:
-        """Give every process's capture the sums of all; all processes call this together."""
+    def all_reduce(self, ledger: Ledger) -> None:
+        """Give every process's ledger the sums of all; all processes call this together.
+
+        Args:
+            ledger: This process's; changed in place.
+
+        Raises:
+            OtherProcessError: Another process has failed.
+        """
         if self._store is None:
             return
-        state = capture.state()
-        terms = {
-            key: (list(total.shape), state["rows"][key]) for key, total in state["totals"].items()
-        }
-        totals: dict[str, torch.Tensor] = {}
-        rows: dict[str, Any] = {}
-        unaccounted: dict[str, str] = {}
-        for theirs, reasons in self.all((terms, state["unaccounted"])):
-            unaccounted = {**reasons, **unaccounted}
+        state = ledger.state()
+        own, counts = state["totals"], state["rows"]
+        known = {key: (total.shape, counts[key]) for key, total in own.items()}
+        shapes: dict[str, torch.Size] = {}
+        rows: dict[str, torch.Tensor] = {}
+        refused: dict[str, str] = {}
+        for theirs, reasons in self.all_gather((known, state["unaccounted"])):
+            refused = reasons | refused
             for key, (shape, count) in theirs.items():
-                if key not in totals:
-                    # A weight that no sequence of this process has reached adds nothing.
-                    own = state["totals"].get(key)
-                    totals[key] = (
-                        torch.zeros(shape, dtype=torch.float64) if own is None else own.double()
-                    )
-                    rows[key] = count
-                elif isinstance(count, list):
-                    rows[key] = [a + b for a, b in zip(rows[key], count, strict=True)]
-                else:
-                    rows[key] += count
-        for total in totals.values():
-            dist.all_reduce(total)
-        capture.load_state({"totals": totals, "rows": rows, "unaccounted": unaccounted})
+                shapes[key] = shape
+                rows[key] = torch.tensor(count) + rows.get(key, 0)
+        totals = {}
+        for key, shape in shapes.items():  # in the same order everywhere
+            # A weight that no sequence of this process has reached adds nothing.
+            totals[key] = own[key].double() if key in own else torch.zeros(shape).double()
+            dist.all_reduce(totals[key])
+        added = {key: count.tolist() for key, count in rows.items()}
+        ledger.load_state({"totals": totals, "rows": added, "unaccounted": refused})
 
     def end(self, error: BaseException) -> NoReturn:
-        """End this process after an error, so that only one says what it was."""
+        """End this process after an error, so that only one process says what it was.
+
+        Args:
+            error: What ended its work.
+
+        Raises:
+            OtherProcessError: This is the process that has to say it, and the error was another's,
+                or a lost connection.
+            BaseException: The error itself, where this process has to say it.
+        """
         lost = isinstance(error, dist.DistError)
         if not self.first and not lost and not isinstance(error, ObimError):
             traceback.print_exception(error)
@@ -145,7 +185,11 @@ class Ranks:
         sys.exit(1)
 
     def _tell(self, error: BaseException) -> bool:
-        """Have the first process say what the error was; whether it has, and this one need not."""
+        """Have the first process say what the error was.
+
+        Returns:
+            Whether it has said it, so that this process need not.
+        """
         assert self._store is not None
         if not isinstance(error, OtherProcessError):
             text = error.message if isinstance(error, ObimError) else repr(error)
@@ -163,13 +207,17 @@ class Ranks:
 
 
 def launched() -> bool:
-    """Whether a launcher has started this process as one of several."""
+    """Return whether a launcher has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in os.environ
 
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """This process among those that it was launched with, or alone."""
+    """Join the processes that this one was launched with, if any, for the time of the context.
+
+    Yields:
+        This process among them.
+    """
     if not launched():
         yield Ranks()
         return
@@ -182,7 +230,7 @@ def joined() -> Iterator[Ranks]:
     ranks = Ranks(rank, world, int(os.environ.get("LOCAL_RANK", "0")), PrefixStore("obim", store))
     try:
         yield ranks
-        ranks.meet()
+        ranks.barrier()
     except Exception as error:
         ranks.end(error)
     dist.destroy_process_group()

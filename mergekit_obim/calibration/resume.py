@@ -34,12 +34,12 @@ _INTERVAL_PER_SAVING = 20
 
 @dataclass(frozen=True)
 class Sums:
-    """How far a run has come.
+    """The sums of a run that is not over, and how far it has come.
 
     Attributes:
         done: How many of the ordered sequences are in the sums.
         tokens: With `batch_size: auto`, the most tokens of a forward pass, as found so far.
-        state: `CurvatureCapture.state()`.
+        state: `Ledger.state()`.
     """
 
     done: int
@@ -48,14 +48,15 @@ class Sums:
 
 
 def different(one: Mapping[str, object], other: Mapping[str, object]) -> list[str]:
-    """The keys that do not have the same value in both."""
+    """Return the keys that do not have the same value in two mappings, sorted."""
     return [key for key in sorted({*one, *other}) if one.get(key) != other.get(key)]
 
 
 class Checkpoint:
-    """The checkpoint of one expert's run.
+    """The checkpoint of one expert's run, in one process.
 
     Attributes:
+        path: The checkpoint's own file.
         measurement: A hash of each thing that decides the sums, under the words to name it by.
 
     Args:
@@ -74,9 +75,11 @@ class Checkpoint:
         self._next = time.monotonic() + self._interval
 
     def load(self) -> tuple[Sums | None, str]:
-        """The sums to go on from, if there are any; else why those that are there will not do.
+        """Read the sums to go on from.
 
-        The reason is empty where there are none. Tensors are on the CPU.
+        Returns:
+            The sums, with tensors on the CPU, or None; and why those that are there will not do,
+            which is empty where there are none.
         """
         if not self.path.exists():
             return None, ""
@@ -92,7 +95,7 @@ class Checkpoint:
             return None, f"cannot be read ({one_line(error)})"
 
     def due(self) -> bool:
-        """Whether it is time to save the sums again."""
+        """Return whether it is time to save the sums again."""
         return time.monotonic() >= self._next
 
     def save(self, sums: Sums) -> None:
@@ -125,7 +128,12 @@ class Checkpoint:
 
 
 def remove_leftovers(path: Path, *, sums: bool = True) -> None:
-    """Remove what killed runs left beside a saliency file: half-written files, and their sums."""
+    """Remove what killed runs left beside a saliency file.
+
+    Args:
+        path: The saliency file.
+        sums: Whether to remove their sums as well, and not only half-written and offloaded files.
+    """
     left = r"(\d+\.sums\.)?\w+\.part|\d+\.offload" + (r"|\d+\.sums" if sums else "")
     for found in path.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(path.name)}\.({left})", found.name):

@@ -179,12 +179,12 @@ def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured |
     path, kept = prepared.path, prepared.kept is not None
     if not ranks.local:
         remove_leftovers(path, sums=kept)
-    if ranks.all(kept)[0]:
+    if ranks.all_gather(kept)[0]:
         return _measured(prepared, prepared.kept) if prepared.kept else None
     h, found = _run(prepared, options, ranks)
     if ranks.first:
         _write(prepared, options, h, found)
-    ranks.meet()
+    ranks.barrier()
     remove_leftovers(path)
     return _measured(prepared, SaliencyFile(path)) if ranks.first else None
 
@@ -413,7 +413,7 @@ def _run(
     calibration = prepared.expert.calibration
     measurement = _measurement(prepared.wanted)
     checkpoint = Checkpoint(path, {**measurement, "number of processes": ranks.world}, ranks.rank)
-    for other, theirs in enumerate(ranks.all(checkpoint.measurement)):
+    for other, theirs in enumerate(ranks.all_gather(checkpoint.measurement)):
         if differing := different(theirs, checkpoint.measurement):
             raise CalibrationError(
                 f"model {label}: process {other} has another {', '.join(differing)} than process "

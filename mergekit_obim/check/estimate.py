@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mergekit_obim.kernels.exclusive import exclusive_masks
+from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Saliency
 
@@ -127,7 +127,7 @@ def _merge_speed(experts: int) -> float:
     candidates = [Candidate(tensor.bfloat16(), base, h) for tensor in tensors]
 
     def trial() -> None:
-        owner = exclusive_masks(candidates, [1 / experts] * experts, range(experts))
+        owner = iterative_owners(candidates, [1 / experts] * experts, range(experts))
         merge_owned(base, [c.expert for c in candidates], owner, [1.0] * experts)
 
     return _best(trial) / _TRIAL / experts

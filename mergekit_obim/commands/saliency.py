@@ -184,8 +184,8 @@ def _measure(
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
     base, merge = recipe.get("base_model"), read_config(recipe)
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
-    opened = ranks.machine_by_machine(lambda: _inspected(merge, experts, run_options, ranks))
-    prepared = ranks.machine_by_machine(
+    opened = ranks.local_first(lambda: _inspected(merge, experts, run_options, ranks))
+    prepared = ranks.local_first(
         lambda: [
             prepare_expert(expert, base, opened.models, out_dir, run_options, ranks)
             for expert in experts

@@ -1,32 +1,37 @@
 """Walking over tensors of one shape in cache-sized parts, whatever their strides.
 
-Nothing here depends on how the parts are cut: kernels that use it give the same result
-for every block size.
+Merging is bound by memory: each weight is read once and a few operations are done on it. A chain
+of operations on whole tensors would write every intermediate result to main memory and read it
+back; on blocks that fit the caches it reads each input once and writes each output once.
+
+Nothing here depends on how the parts are cut: a kernel that uses it gives the same bits for
+every block size.
 """
 
 from __future__ import annotations
 
 import math
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-# Elements in a block: a few float32 temporaries of it stay within the caches, so that a
-# chain of operations reads and writes main memory once; with less, the calls take longer
-# than the work. A GPU wants fewer, larger launches.
+# Elements in a block: a few float32 temporaries of 1 MiB each stay within a core's L2 cache. With
+# fewer elements the calls take longer than the work.
 CPU_BLOCK = 1 << 18
+# A GPU keeps nothing in a cache between launches; it wants few, large ones.
 DEVICE_BLOCK = 1 << 25
 
 
 @dataclass(frozen=True)
 class Block:
-    """A run of elements that follow each other in flat order.
+    """A run of elements that follow each other in flat (row-major) order.
 
     Attributes:
-        index: ``tensor[index]`` is the block, a view.
+        index: ``tensor[index]`` is the block, always a view and never a copy.
         start: The flat index of its first element.
     """
 
@@ -34,26 +39,41 @@ class Block:
     start: int
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The block of a tensor, as a view; its own flat order is the tensor's."""
+        """Return the block of a tensor, as a view whose own flat order is the tensor's."""
         return tensor[self.index]
 
     def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """Flat indices of the block's elements, int64, shaped like the block."""
+        """Return the flat indices of the block's elements.
+
+        Args:
+            shape: The whole tensor's shape.
+            device: Where the result is to be.
+
+        Returns:
+            int64, of the block's shape.
+        """
+        # Indexing a meta tensor gives the block's shape without any memory.
         like = torch.empty((), device="meta").expand(shape)[self.index]
         return torch.arange(self.start, self.start + like.numel(), device=device).view(like.shape)
 
 
 @dataclass(frozen=True)
 class Positions:
-    """Scattered elements, given by their flat indices, int64 [n]."""
+    """Scattered elements of a tensor.
+
+    Attributes:
+        flat: Their flat indices, int64 [n].
+    """
 
     flat: torch.Tensor
 
     def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The elements at these positions, [n]."""
+        """Return a copy of the elements of a tensor at these positions, [n]."""
         if tensor.is_contiguous():
             return tensor.view(-1).index_select(0, self.flat)
-        # Their places in memory, whatever the strides: an expanded tensor stays uncopied.
+        # `reshape(-1)` would copy the whole tensor, and an h that is expanded to the weight's
+        # shape would become as large as the weight. So flat indices are turned into places in
+        # memory, axis by axis from the last, and those are selected.
         places, flat, last = torch.zeros_like(self.flat), self.flat, 0
         for size, stride in zip(reversed(tensor.shape), reversed(tensor.stride()), strict=True):
             places += flat % size * stride
@@ -62,7 +82,7 @@ class Positions:
         return tensor.as_strided((last + 1,), (1,)).index_select(0, places)
 
     def positions(self, shape: torch.Size, device: torch.device) -> torch.Tensor:
-        """The flat indices themselves."""
+        """Return the flat indices themselves, int64 [n]."""
         return self.flat
 
 
@@ -70,10 +90,19 @@ Part = Block | Positions
 
 
 def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) -> Iterator[Block]:
-    """Cut a shape into blocks of at most ``limit`` elements, in flat order.
+    """Cut a shape into blocks, in flat order.
 
     Leading axes are walked one index at a time until what is left of the tensor is small
     enough to be cut along its first axis, so a block is always a plain view.
+
+    Args:
+        shape: Of the tensors to walk over; one with no elements has no blocks.
+        device: Where they are, which decides the usual size of a block.
+        limit: The most elements in a block, instead of the usual number; a last axis that is
+            longer is cut too.
+
+    Yields:
+        Blocks that together cover every element once.
     """
     limit = limit or (CPU_BLOCK if device.type == "cpu" else DEVICE_BLOCK)
     if 0 in shape:
@@ -83,7 +112,7 @@ def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) ->
         axis += 1
     row = math.prod(shape[axis + 1 :])
     if not shape:
-        yield Block((None,), 0)  # one axis, which numpy needs to give arrays
+        yield Block((None,), 0)  # adds an axis: numpy makes a scalar of an array without one
         return
     step = max(1, limit // row)
     start = 0
@@ -107,10 +136,21 @@ _KEPT = _Kept()
 
 
 def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory [size] for what does not outlive a block: this thread's, the same for each name.
+    """Return memory for what does not outlive a block.
 
-    Fresh memory from the system costs more than what is done in it, as every page of it
-    has to be mapped. A GPU's allocator keeps memory by itself.
+    On a CPU it is this thread's own, and the same each time for a name and dtype: whoever asks
+    next for that name overwrites it. Fresh memory from the system costs more than what is done
+    in it, as every page of it has to be mapped and zeroed. A GPU's allocator keeps memory by
+    itself.
+
+    Args:
+        name: What it is for; names that are in use at the same time must differ.
+        size: How many elements.
+        dtype: Of the elements.
+        device: Where.
+
+    Returns:
+        [size], contiguous; its contents are arbitrary.
     """
     if device.type != "cpu":
         return torch.empty(size, dtype=dtype, device=device)
@@ -121,16 +161,35 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> t
     return kept[:size]
 
 
+_LOCK = threading.Lock()
+_INSIDE: Counter[int] = Counter()  # thread -> how many uses of `one_thread` it is within
+_before = 1  # how many threads torch had when the first of them began
+
+
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep torch's operations on a CPU to this thread, as every merge does.
+    """Keep torch's operations on a CPU to the calling thread, as every merge does.
 
     Shared by two threads, operations on a block gained next to nothing, and took ten times
     as long wherever another process used the cores: each half waits for the slower one.
+    Uses may be nested, and may overlap in several threads; after the last of them torch has as
+    many threads as before the first.
     """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    global _before
+    thread = threading.get_ident()
+    with _LOCK:
+        # torch has this number for each thread, which begins with what any thread set last, as
+        # soon as it asks: with the 1 of others that are in here. So it is asked in each, before it
+        # is set, and what the first of them was told is what all restore.
+        found = torch.get_num_threads()
+        _before = _before if _INSIDE else found
+        _INSIDE[thread] += 1
+        torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        with _LOCK:
+            _INSIDE[thread] -= 1
+            if not _INSIDE[thread]:
+                del _INSIDE[thread]
+                torch.set_num_threads(_before)

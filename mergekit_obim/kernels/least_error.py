@@ -1,4 +1,4 @@
-"""Exclusive assignments that need neither an order nor densities.
+"""Mutually exclusive assignments that need neither an order nor densities.
 
 Under mutual exclusion (equation 7) a position can take 0, which leaves it to the base, or
 one expert's δ_k. What all experts together lose by that separates by position
@@ -17,35 +17,42 @@ from collections.abc import Sequence
 
 import torch
 
+from mergekit_obim.kernels.backend import array, label, namespace
 from mergekit_obim.kernels.blocks import blocks, scratch
-from mergekit_obim.kernels.exclusive import unclaimed
-from mergekit_obim.kernels.masked import array, label, namespace
+from mergekit_obim.kernels.iterative import free_owners
 from mergekit_obim.kernels.objective import objective
 from mergekit_obim.kernels.scores import Candidate, working_dtype
 
 
 def stretch_to_one(weights: Sequence[float]) -> float:
-    """γ = Σ w_k / √(Σ w_k²); √K where all weights are alike, 1 where all are 0.
+    """Return the factor that gives a mean of uncorrelated task vectors the length of one.
 
-    The weighted mean of K uncorrelated vectors of one length is shorter by this factor.
+    The weighted mean of K uncorrelated vectors of one length is shorter than each by
+    γ = Σ w_k / √(Σ w_k²), which is √K where all weights are alike.
+
+    Args:
+        weights: w_k, not negative.
+
+    Returns:
+        γ; 1 where all weights are 0.
     """
     length = math.hypot(*weights)
     return sum(weights) / length if length else 1.0
 
 
-def least_error_masks(
+def least_error_owners(
     candidates: Sequence[Candidate], weights: Sequence[float], stretch: float = 1.0
 ) -> torch.Tensor:
-    """The masks m_k of equation 7 that minimise the experts' summed error, as a map of owners.
+    """Assign positions so that the experts' summed error is least, under equation 7's exclusion.
 
-    At each position argmin over c in {0, δ_1 … δ_K} of Σ_k w_k h_k (c − γ δ_k)². Of values
+    At each position c is the argmin over {0, δ_1 … δ_K} of Σ_k w_k h_k (c − γ δ_k)². Of values
     that cost the same, 0 comes first, and then the expert that is listed first. Costs are
-    compared as c·(A·c − 2γB), in the working dtype.
+    compared as c·(A·c − 2γB), in the working dtype; the constant that all share is left out.
 
     Args:
         candidates: The K experts' tensors, at most 254; their criterion says what h is.
         weights: w_k, not negative.
-        stretch: γ.
+        stretch: γ; 1 for the error itself.
 
     Returns:
         uint8, of the tensors' shape: the index of the expert whose value the position
@@ -53,23 +60,25 @@ def least_error_masks(
 
     Raises:
         UnscorableError: A task vector or its h is not finite.
+        ValueError: There are more experts than labels.
     """
-    owner = unclaimed(candidates)
+    owner = free_owners(candidates)
     dtype, xp = working_dtype(candidates[0].base.dtype), namespace(owner.device)
     for block in blocks(owner.shape, owner.device):
-        curvature, pull, deltas = objective(block, candidates, weights)
-        pull *= 2 * stretch
+        curvature, linear, deltas = objective(block, candidates, weights)
+        linear *= 2 * stretch
         owned = block.of(owner)
         cost, least = (
             array(scratch(name, owned.numel(), dtype, owner.device).view(owned.shape))
             for name in ("cost", "least")
         )
         mask = scratch("mask", owned.numel(), torch.bool, owner.device).view(owned.shape)
-        least[...] = 0
+        least[...] = 0  # what c = 0, the base's value, costs
         for k, delta in enumerate(deltas):
-            xp.multiply(curvature, delta, out=cost)
-            cost -= pull
-            cost *= delta
+            xp.multiply(curvature, delta, out=cost)  # A c, for c = δ_k
+            cost -= linear  # A c − 2γB
+            cost *= delta  # c (A c − 2γB)
+            # Strictly less: of equal costs the base's, and then the first expert's, stays.
             label(array(owned), xp.less(cost, least, out=array(mask)), k)
             xp.minimum(cost, least, out=least)
     return owner

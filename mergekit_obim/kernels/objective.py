@@ -1,10 +1,14 @@
 """What all experts together lose at a position, by the paper's own objective.
 
-Expert k's layer-wise error (equation 6) at the *merged* weights is, up to a constant,
-Σ_ij h_kj (δ_M − δ_k)²_ij. Weighted and summed over the experts, it separates by position.
-With a_k = w_k h_k, a value c there costs
+The paper's equation 6 is the error of a layer's output if its weights are W^B and not W_k; here it
+is taken at the *merged* weights, where it is Σ_ij h_kj (δ_M − δ_k)²_ij for expert k (without the
+products of different inputs, E[x_i x_j], which h leaves out). Weighted and summed over the experts,
+it separates by position. With a_k = w_k h_k, a value c there costs
 
-    Σ_k a_k (c − δ_k)² = A c² − 2 B c + const,    A = Σ_k a_k,    B = Σ_k a_k δ_k.
+    Σ_k a_k (c − δ_k)² = A c² − 2 B c + const,    A = Σ_k a_k,    B = Σ_k a_k δ_k,
+
+a parabola with its minimum at B / A. ``least_error`` takes the cheapest of the experts' own values,
+``regmean`` the minimum itself.
 """
 
 from __future__ import annotations
@@ -15,8 +19,8 @@ import numpy as np
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import Array, all_finite, array
 from mergekit_obim.kernels.blocks import Block, scratch
-from mergekit_obim.kernels.masked import Array, all_finite, array
 from mergekit_obim.kernels.scores import (
     Candidate,
     Criterion,
@@ -30,7 +34,7 @@ from mergekit_obim.kernels.scores import (
 def objective(
     block: Block, candidates: Sequence[Candidate], weights: Sequence[float]
 ) -> tuple[Array, Array, list[Array]]:
-    """A, B and every δ_k in a block: in the working dtype, in memory that the next block uses.
+    """Compute the parabola's coefficients in a block.
 
     Sums are taken in the order of the candidates, whatever the device.
 
@@ -38,6 +42,10 @@ def objective(
         block: A block of the tensors' shape.
         candidates: The K experts' tensors; their criterion says what h is.
         weights: w_k.
+
+    Returns:
+        A, B and the K δ_k, each of the block's shape, in the working dtype, and in memory that the
+        next block is going to use.
 
     Raises:
         UnscorableError: A task vector or its h is not finite.
@@ -49,10 +57,10 @@ def objective(
     def memory(name: str) -> torch.Tensor:
         return scratch(name, shape.numel(), dtype, base.device)
 
-    curvature, pull, spare = (array(memory(name).view(shape)) for name in ("A", "B", "a"))
-    curvature[...], pull[...] = 0, 0
+    curvature, linear, spare = (array(memory(name).view(shape)) for name in ("A", "B", "a"))
+    curvature[...], linear[...] = 0, 0
     deltas = []
-    # Whatever is not finite shows in B, and ends the merge; numpy need not warn of it.
+    # Whatever is not finite shows in A or B, and ends the merge; numpy need not warn of it.
     with np.errstate(invalid="ignore", over="ignore"):
         for k, (candidate, weight) in enumerate(zip(candidates, weights, strict=True)):
             delta = task_vector(
@@ -65,22 +73,31 @@ def objective(
             spare *= weight
             curvature += spare
             spare *= deltas[k]
-            pull += spare
-    if not (all_finite(curvature) and all_finite(pull)):
+            linear += spare
+    if not (all_finite(curvature) and all_finite(linear)):
         raise UnscorableError("the task vector or its saliency is not finite")
-    return curvature, pull, deltas
+    return curvature, linear, deltas
 
 
 def h_of(criterion: Criterion, delta: Array, block: Block, shape: torch.Size) -> Array | float:
-    """h in a block.
+    """Return h in a block, as the criterion has it.
 
     A dense file holds s = δ²·h, so it knows h only where δ is not 0; elsewhere it counts as
     0. Without a saliency h is 1: all positions are worth the same.
+
+    Args:
+        criterion: Ranks the expert's positions.
+        delta: δ in the block, in the working dtype.
+        block: A block of the tensor.
+        shape: The whole tensor's.
+
+    Returns:
+        An array of the block's shape, or the number 1. A factored h is an expanded float32 view.
     """
     if isinstance(criterion, Saliency):
         return array(block.of(criterion.h.expand(shape)))
     if isinstance(criterion, GivenScores):
         squared = delta * delta
-        squared[squared == 0] = float("inf")
+        squared[squared == 0] = float("inf")  # s / ∞ is 0
         return array(block.of(criterion.values)) / squared
     return 1.0

@@ -20,11 +20,12 @@ from mergekit_obim.kernels.scores import Candidate
 def merge_regmean(
     candidates: Sequence[Candidate], weights: Sequence[float], scale: float
 ) -> torch.Tensor:
-    """θ_M = θ_B + λ · Σ_k w_k h_k δ_k / Σ_k w_k h_k: with λ = 1, Σ w_k h_k θ_k / Σ w_k h_k.
+    """Merge by θ_M = θ_B + λ · Σ_k w_k h_k δ_k / Σ_k w_k h_k.
 
-    It minimises the objective of ``kernels.objective`` over all c, where ``least_error``
-    chooses among the experts' own values. Where all w_k h_k are 0 nothing was measured: there
-    it is the mean weighted by w_k alone, and the base where these are 0 too.
+    With λ = 1 that is Σ w_k h_k θ_k / Σ w_k h_k, RegMean's formula for diagonal G_k. It minimises
+    the objective of ``kernels.objective`` over all c, where ``least_error`` chooses among the
+    experts' own values. Where all w_k h_k are 0 nothing was measured: there it is the mean weighted
+    by w_k alone, and the base where these are 0 too.
 
     Args:
         candidates: The K experts' tensors; their criterion says what h is.
@@ -32,7 +33,7 @@ def merge_regmean(
         scale: λ, on the merged task vector.
 
     Returns:
-        A new tensor like the base.
+        A new contiguous tensor of the base's shape and dtype.
 
     Raises:
         UnscorableError: A task vector or its h is not finite.
@@ -40,14 +41,15 @@ def merge_regmean(
     base = candidates[0].base
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
     for block in blocks(base.shape, base.device):
-        curvature, pull, deltas = objective(block, candidates, weights)
-        unmeasured = curvature == 0
+        curvature, linear, deltas = objective(block, candidates, weights)
+        unmeasured = curvature == 0  # as in the rows of tokens that no calibration data has
         if unmeasured.any():
-            total = torch.zeros((), dtype=torch.as_tensor(pull).dtype, device=base.device)
+            # Added up in the working dtype, as h · w is elsewhere.
+            total = torch.zeros((), dtype=torch.as_tensor(linear).dtype, device=base.device)
             for weight, delta in zip(weights, deltas, strict=True):
                 total += weight
-                pull[unmeasured] += delta[unmeasured] * weight
+                linear[unmeasured] += delta[unmeasured] * weight
             curvature[unmeasured] = float(total) or 1.0
-        pull /= curvature
-        block.of(merged).copy_(scaled_sum(block.of(base), torch.as_tensor(pull), scale))
+        linear /= curvature
+        block.of(merged).copy_(scaled_sum(block.of(base), torch.as_tensor(linear), scale))
     return merged

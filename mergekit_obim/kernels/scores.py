@@ -1,5 +1,10 @@
 """What ranks the positions of one expert's tensor: saliency, magnitude or chance.
 
+The paper scores a weight by what its layer's output loses without it, s_ij = δ_ij² · h_j with
+h_j = E[x_j²], the mean square of input feature j over the expert's calibration tokens (equations 5
+and 6). h is the field's importance matrix: what llama.cpp's imatrix files hold, and per token
+the square of the activation norm in Wanda's pruning score |W_ij| · ‖x_j‖ (arXiv 2306.11695).
+
 Every score is non-negative, and exactly zero where the expert does not differ from the
 base: such a position is never claimed, since claiming it would change nothing and only
 block later experts.
@@ -13,15 +18,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergekit_obim.kernels.backend import array
 from mergekit_obim.kernels.blocks import Part
-from mergekit_obim.kernels.masked import array
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The one accumulation dtype: float32 for every checkpoint dtype, float64 for float64 inputs.
+    """Return the dtype in which a merge of weights of some dtype computes.
 
-    bf16 has 8 significant bits: a difference of two bf16 weights is exact in float32, its
-    square is not in bf16.
+    It is float32 for every checkpoint dtype and float64 for float64. bf16 has 8 significant bits:
+    float32 holds the difference of two such weights, and its square, which bf16 would round away.
+
+    Args:
+        dtype: Of the base's tensor.
     """
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -29,13 +37,16 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 def task_vector(
     expert: torch.Tensor, base: torch.Tensor, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """δ = θ_k − θ_B (equation 1), in :func:`working_dtype`.
+    """Return the task vector δ = θ_k − θ_B of equation 1.
 
     Args:
         expert: θ_k, any shape and floating dtype.
         base: θ_B, same shape, dtype and device.
         memory: Where the result is to lie, of the working dtype, [elements]; otherwise it
             is new memory.
+
+    Returns:
+        δ in the :func:`working_dtype`, contiguous, of the tensors' shape.
     """
     if memory is None:
         dtype = working_dtype(base.dtype)
@@ -46,25 +57,29 @@ def task_vector(
 
 @dataclass(frozen=True)
 class Saliency:
-    """s = δ² · h: the layer's output error if δ were dropped (equations 5 and 6).
+    """Ranks by s = δ² · h, the layer's output error if δ were dropped (equations 5 and 6).
+
+    The paper's ½ and the 2 of its Hessian 2 X Xᵀ cancel; no constant would change a ranking within
+    one tensor anyway.
 
     Attributes:
-        h: E[x²] per input feature and its kin (docs/method.md), float32, broadcastable to
-            the tensor.
+        h: E[x²] per input feature, or what stands for it in another operation (docs/method.md);
+            float32, broadcastable to the tensor.
     """
 
     h: torch.Tensor
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
+        # h stays as small as it is: `expand` makes a view, of which the part is another.
         return delta.square_().mul_(part.of(self.h.expand(shape)))
 
 
 @dataclass(frozen=True)
 class GivenScores:
-    """Scores from a dense saliency file: δ²·h, or any other tool's, one per element.
+    """Ranks by the scores of a dense saliency file: δ²·h, or any other tool's, one per element.
 
     Attributes:
-        values: Non-negative, of the tensor's shape.
+        values: Non-negative, float32, of the tensor's shape.
     """
 
     values: torch.Tensor
@@ -77,7 +92,7 @@ class GivenScores:
 
 @dataclass(frozen=True)
 class Magnitude:
-    """s = |δ|: TIES' ranking (the paper's TIES+IM, table 3)."""
+    """Ranks by s = |δ|, as TIES does (the paper's TIES+IM, table 3)."""
 
     def __call__(self, delta: torch.Tensor, part: Part, shape: torch.Size) -> torch.Tensor:
         return delta.abs_()
@@ -85,10 +100,10 @@ class Magnitude:
 
 @dataclass(frozen=True)
 class RandomScores:
-    """A random ranking, by key and flat index alone (paper, end of section 3.1).
+    """Ranks at random, by key and flat index alone (paper, end of section 3.1).
 
-    A counter-based hash and no generator: every part of the tensor can be ranked by
-    itself, on any device, in any order.
+    The numbers come from a counter-based hash and not from a generator, so that every part of the
+    tensor can be ranked by itself, on any device, in any order.
 
     Attributes:
         key: Any integer of 64 bits; see :func:`random_key`.
@@ -108,22 +123,34 @@ class RandomScores:
 
 
 def _differs(delta: torch.Tensor) -> torch.Tensor:
-    """1 where δ is not 0, else 0; NaN where δ is not finite, so that it is found. Uses δ up."""
+    """Turn δ into 1 where it is not 0, else 0, and NaN where it is not finite, in place."""
     score = array(delta)
     differs = score != 0
-    score *= 0
+    score *= 0  # 0 · ∞ is NaN, which who asks for scores looks for
     score += differs
     return delta
 
 
 def random_key(*parts: object) -> int:
-    """A 64-bit key from a seed, a tensor's name and whatever else tells two rankings apart."""
+    """Return a key for :class:`RandomScores`, the same on every machine.
+
+    Args:
+        parts: A seed, a tensor's name and whatever else tells two rankings apart.
+
+    Returns:
+        A signed integer of 64 bits.
+    """
+    # Python's own hash() differs from process to process.
     digest = hashlib.sha256("\0".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "little", signed=True)
 
 
 def _splitmix(counter: torch.Tensor, key: int) -> torch.Tensor:
-    """31 random bits per counter: Steele, Lea and Flood's SplitMix64 finaliser (OOPSLA 2014)."""
+    """Return 31 random bits per counter, int64, by the finaliser of SplitMix64.
+
+    Source: Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (OOPSLA 2014).
+    """
+    # torch has no unsigned 64-bit arithmetic; two's complement products wrap to the same bits.
     x = (counter * _signed(0x9E3779B97F4A7C15)).add_(key)
     x.bitwise_xor_(_shift(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     x.bitwise_xor_(_shift(x, 27)).mul_(_signed(0x94D049BB133111EB))
@@ -135,7 +162,7 @@ def _signed(value: int) -> int:
 
 
 def _shift(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Shift right without copying the sign, which int64's own shift does."""
+    """Shift int64 right with zeros coming in; int64's own shift copies the sign."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)
 
 
@@ -157,11 +184,17 @@ class Candidate:
     criterion: Criterion
 
     def scores(self, part: Part, memory: torch.Tensor | None = None) -> torch.Tensor:
-        """Scores of a part of the tensor, in the working dtype, shaped like the part; contiguous.
+        """Return the scores of a part of the tensor.
 
-        ``memory`` is where to put them, as for :func:`task_vector`.
+        Args:
+            part: Which positions.
+            memory: Where the scores are to lie, as for :func:`task_vector`.
+
+        Returns:
+            Scores in the working dtype, shaped like the part, contiguous. Where the expert or the
+            base is not finite, neither are they: the caller looks for that.
         """
-        # Who asks looks whether they are finite; numpy need not warn of it.
+        # numpy need not warn of what the caller looks for.
         with np.errstate(invalid="ignore", over="ignore"):
             delta = task_vector(part.of(self.expert), part.of(self.base), memory)
             return self.criterion(delta, part, self.base.shape)

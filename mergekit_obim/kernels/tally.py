@@ -1,8 +1,8 @@
-"""What an assignment of positions keeps of each expert, counted and weighed. On a CPU.
+"""What an assignment of positions keeps of each expert, counted and weighed, for reports.
 
-The paper's objective (equation 6) says what a layer loses: with the merged task vector δ_M,
-expert k's output error is predicted as Σ_ij h_kj (δ_M − δ_k)²_ij, which is Σ s_k where the
-base is left, and 0 where the expert's element is.
+The paper's objective (arXiv 2502.12217, equation 6) says what a layer loses: with the merged task
+vector δ_M, expert k's output error is predicted as Σ_ij h_kj (δ_M − δ_k)²_ij, which is Σ s_k where
+the base is left, and 0 where the expert's element is. All of this runs on a CPU.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from mergekit_obim.kernels.backend import array
 from mergekit_obim.kernels.blocks import Block, blocks, scratch
-from mergekit_obim.kernels.exclusive import keep_count
-from mergekit_obim.kernels.masked import array
+from mergekit_obim.kernels.iterative import keep_count
 from mergekit_obim.kernels.objective import h_of
 from mergekit_obim.kernels.scores import Candidate, task_vector, working_dtype
 from mergekit_obim.kernels.selection import FREE
@@ -23,7 +23,7 @@ from mergekit_obim.kernels.selection import FREE
 
 @dataclass
 class Tally:
-    """Sums over positions, which add up over tensors; float64.
+    """Sums over positions, which add up over tensors, all float64.
 
     Attributes:
         owned: How many positions each expert has, and last the base, [K + 1].
@@ -42,7 +42,11 @@ class Tally:
 
     @classmethod
     def zero(cls, experts: int) -> Tally:
-        """Of no position."""
+        """Return the tally of no positions, to add others to.
+
+        Args:
+            experts: K.
+        """
         return cls(
             np.zeros(experts + 1),
             np.zeros((experts, experts + 1)),
@@ -55,14 +59,13 @@ class Tally:
 def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence[float]) -> Tally:
     """Count and weigh one tensor's assignment.
 
-    Within a block of 2¹⁸ positions sums are taken in the working dtype, which leaves about six
-    digits; then in float64.
-
     Args:
         candidates: The K experts' tensors; their criterion says what h is, 1 if it has none.
         owner: uint8, of the tensors' shape: whose element a position takes, ``FREE`` for the base.
         scales: What each expert's δ is multiplied by where it is taken.
     """
+    # Within a block of 2¹⁸ positions sums are taken in the working dtype, which leaves about six
+    # digits, more than a report shows; over blocks they are taken in float64.
     total = Tally.zero(len(candidates))
     base = candidates[0].base
     dtype = working_dtype(base.dtype)
@@ -74,6 +77,7 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
     for block in blocks(base.shape, base.device):
         start = block.of(base)
         shape, size = start.shape, start.numel()
+        # [K + 1, size] each; the last row of δ and s is the merged tensor's, of mask the base's.
         delta, s, mask = (rows(f"tally {name}", len(candidates) + 1, size) for name in "dsm")
         spare, ones = rows("tally spare", 2, size)
         ones[...] = 1
@@ -105,7 +109,8 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
             total.saliency[k] += by_owner
             total.sums[k] += float(delta[k] @ ones)
             total.products[k, : k + 1] += [float(delta[k] @ delta[other]) for other in range(k + 1)]
-            # Σ h (δ_M − δ)² = Σ h δ_M² − 2 Σ h δ δ_M + Σ s.
+            # Σ h (δ_M − δ)² = Σ h δ_M² − 2 Σ h δ δ_M + Σ s: products of what is at hand. δ_M² is
+            # the same for all experts, so with one h for all rows its sum over them will do.
             error = by_owner.sum() - 2 * float(spare @ merged)
             if isinstance(h, np.ndarray) and h.strides[0] == 0:  # the same h in each row
                 total.error[k] += error + float(columns @ h[0].reshape(-1))
@@ -117,12 +122,15 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
     return total
 
 
-def wishes(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.ndarray:
-    """How many experts want each position of a small tensor, as if each were alone: [n].
+def claim_counts(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.ndarray:
+    """Count the experts that would claim each position of a small tensor if they were alone.
 
     Args:
         candidates: The K experts' tensors, [n].
-        densities: n_k, the share of best positions that an expert wants.
+        densities: n_k, the share of all positions that an expert may claim.
+
+    Returns:
+        int [n], 0 … K; a position with 2 or more is contested.
     """
     n = candidates[0].base.numel()
     wanted = np.zeros(n, dtype=int)
@@ -132,7 +140,7 @@ def wishes(candidates: Sequence[Candidate], densities: Sequence[float]) -> np.nd
 
 
 def _ranked(candidate: Candidate) -> np.ndarray:
-    """Positions from the best; ties go to the lowest index; what scores zero is left out."""
+    """Return positions from the best; ties go to the lowest index, what scores zero is left out."""
     scores = array(candidate.scores(Block((slice(0, candidate.base.numel()),), 0)))
     best: np.ndarray = np.argsort(-scores, kind="stable")[: np.count_nonzero(scores)]
     return best
@@ -143,19 +151,23 @@ def outcomes(
     scales: Sequence[float],
     settings: Iterable[tuple[Sequence[float], Sequence[int]]],
 ) -> Iterator[Tally]:
-    """What :func:`exclusive_masks` and :func:`tally` give, for many settings of a small tensor.
+    """Assign and tally a small tensor's positions under many settings.
 
-    Its scores are sorted once, where the masks of a large tensor never sort.
+    Each gives what :func:`~mergekit_obim.kernels.iterative.iterative_owners` and :func:`tally`
+    would. The scores are sorted once for all settings, where a large tensor is never sorted.
 
     Args:
         candidates: The K experts' tensors, [n].
         scales: What each expert's δ is multiplied by where it is taken.
-        settings: Densities n_k, and a merging order.
+        settings: Pairs of densities n_k and a merging order.
+
+    Yields:
+        A tally for each setting.
     """
     n = candidates[0].base.numel()
     whole = Block((slice(0, n),), 0)
     delta, h = np.zeros((len(candidates), n)), np.ones((len(candidates), n))
-    ranked = [_ranked(candidate) for candidate in candidates]
+    ranked = [_ranked(candidate) for candidate in candidates]  # a few positions: sorting is cheap
     for k, candidate in enumerate(candidates):
         delta[k] = array(task_vector(candidate.expert, candidate.base))
         h[k] = h_of(candidate.criterion, delta[k], whole, candidate.base.shape)

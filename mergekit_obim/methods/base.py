@@ -29,7 +29,7 @@ _OPEN_BYTES = 1 << 28
 
 @dataclass
 class _ReadBytes:
-    """Lets go of checkpoint files once so much of them was read.
+    """Lets go of checkpoint files once :data:`_OPEN_BYTES` of them were read.
 
     mergekit maps whole files, and the pages that were read stay in the process for as long
     as the loader keeps the file open: in the end, all input models at once.
@@ -38,6 +38,7 @@ class _ReadBytes:
     since: int = 0
 
     def add(self, count: int) -> None:
+        """Note that so many bytes of tensors were read and merged."""
         self.since += count
         tasks = sys.modules.get("mergekit.io.tasks")
         if tasks and self.since >= _OPEN_BYTES:
@@ -52,7 +53,19 @@ class ExpertMethod(PlannedMethod):
     """A merge of the experts' differences from one base, tensor by tensor."""
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:
-        """Merge the inputs of one tensor."""
+        """Merge the inputs of one tensor, as mergekit asks for it.
+
+        Args:
+            group: The base's and the experts' tensors, of one shape.
+            parameters: The recipe's, per expert or shared, and what planning found out.
+
+        Returns:
+            A new tensor like the base's.
+
+        Raises:
+            RecipeError: The merge was planned in a way that this version does not know.
+            UnscorableError: A weight is not finite; the message names the tensor and the models.
+        """
         name = group.metadata.name
         for entry in group.non_base if self.reads_saliency and is_planned(group) else ():
             if parameters["tensor_name"][entry.id] is None:
@@ -78,43 +91,50 @@ class ExpertMethod(PlannedMethod):
         return merged
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
+        """Merge one tensor by the method's formula; the inputs have no gradients."""
         raise NotImplementedError
 
 
-def base_of(group: TensorGroup) -> torch.Tensor:
-    """The base's tensor; ``validate_inputs`` saw to it that there is one."""
+def base_tensor(group: TensorGroup) -> torch.Tensor:
+    """Return the base's tensor; ``validate_inputs`` saw to it that there is one."""
     assert group.base is not None
     return group.base.tensor
 
 
-def experts_of(group: TensorGroup) -> list[torch.Tensor]:
-    """The experts' tensors, in the recipe's order."""
+def expert_tensors(group: TensorGroup) -> list[torch.Tensor]:
+    """Return the experts' tensors, in the recipe's order."""
     return [entry.tensor for entry in group.non_base]
 
 
 def values_of(group: TensorGroup, parameters: Mapping[str, Any], name: str) -> list[Any]:
-    """A per-expert parameter's values, in the recipe's order."""
+    """Return a per-expert parameter's values, in the recipe's order."""
     return [parameters[name][entry.id] for entry in group.non_base]
 
 
 def candidates_of(
     group: TensorGroup, parameters: Mapping[str, Any]
 ) -> tuple[list[Candidate], list[float]]:
-    """Every expert's candidate and density, in the recipe's order."""
+    """Return every expert's candidate and density, in the recipe's order.
+
+    An expert that is to claim nothing, being unscored, has density 0.
+    """
     return _with_densities(group, parameters, criteria_of(group, parameters))
 
 
 def comparable_candidates_of(
     group: TensorGroup, parameters: Mapping[str, Any]
 ) -> tuple[list[Candidate], list[float]]:
-    """The same, for methods that compare one expert's scores with another's."""
+    """Return candidates and densities for methods that compare experts' scores with each other.
+
+    They are those of :func:`candidates_of`, but with scores of one kind: see :func:`comparable`.
+    """
     return _with_densities(group, parameters, comparable(criteria_of(group, parameters)))
 
 
 def _with_densities(
     group: TensorGroup, parameters: Mapping[str, Any], criteria: Sequence[Criterion | None]
 ) -> tuple[list[Candidate], list[float]]:
-    base, default = base_of(group), 1 / len(group.non_base)
+    base, default = base_tensor(group), 1 / len(group.non_base)
     candidates, densities = [], []
     for entry, criterion in zip(group.non_base, criteria, strict=True):
         density = parameters["density"][entry.id]
@@ -127,11 +147,11 @@ def _with_densities(
 def objective_of(
     group: TensorGroup, parameters: Mapping[str, Any]
 ) -> tuple[list[Candidate], list[float]]:
-    """The experts that take part in a tensor's objective, and their weights in it.
+    """Return the experts that take part in a tensor's objective, and their weights in it.
 
-    One without saliency that is left at the base's values is none of them.
+    One without saliency that is left at the base's values takes no part.
     """
-    base, candidates, weights = base_of(group), [], []
+    base, candidates, weights = base_tensor(group), [], []
     criteria = comparable(criteria_of(group, parameters))
     for entry, criterion in zip(group.non_base, criteria, strict=True):
         if criterion:
@@ -155,7 +175,7 @@ def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) 
 
 
 def criteria_of(group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
-    """What ranks the positions of each expert's tensor; None if it is to claim none."""
+    """Return what ranks the positions of each expert's tensor; None if it is to claim none."""
     return [_criterion(group, entry, k, parameters) for k, entry in enumerate(group.non_base)]
 
 
@@ -176,7 +196,7 @@ def _criterion(
 
 
 def comparable(criteria: Sequence[Criterion | None]) -> list[Criterion | None]:
-    """Saliency for every expert that takes part in a tensor, or magnitude for every one.
+    """Replace criteria by magnitude for all experts of a tensor, unless all have a saliency.
 
     What compares or adds up the experts' scores needs a common scale, and δ²·h has none in
     common with |δ|, nor h with 1.

@@ -7,18 +7,18 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_obim.kernels.consensus import merge_consensus
-from mergekit_obim.methods.base import ExpertMethod, base_of, experts_of, values_of
+from mergekit_obim.kernels.baselines.consensus import merge_consensus
+from mergekit_obim.methods.base import ExpertMethod, base_tensor, expert_tensors, values_of
 from mergekit_obim.methods.parameters import LAMBDA, WEIGHT, method_spec, per_expert, shared
 
 
 class ConsensusTa(ExpertMethod):
-    """Task Arithmetic at the positions that several experts need. Needs no saliency."""
+    """Adds up task vectors at the positions that several experts need; reads no saliency."""
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         return merge_consensus(
-            base_of(group),
-            experts_of(group),
+            base_tensor(group),
+            expert_tensors(group),
             values_of(group, parameters, "weight"),
             values_of(group, parameters, "mask_threshold"),
             parameters["min_agreement"],

@@ -12,13 +12,13 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_obim.errors import RecipeError
-from mergekit_obim.kernels.exclusive import exclusive_masks
-from mergekit_obim.kernels.least_error import least_error_masks, stretch_to_one
+from mergekit_obim.kernels.iterative import iterative_owners
+from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate
 from mergekit_obim.methods.base import (
     ExpertMethod,
-    base_of,
+    base_tensor,
     candidates_of,
     check_objective_weights,
     objective_of,
@@ -49,7 +49,7 @@ class Assignment:
         owner: uint8, of the tensor's shape: indices into them, ``FREE`` for the base.
         scales: λ · weight of each of them.
         densities: Their shares; None where there are none.
-        order: The order in which they chose.
+        order: The order in which they chose; empty where there is none.
     """
 
     candidates: list[Candidate]
@@ -66,7 +66,12 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Within it, ``obim`` tells what it assigns, and merges nothing: its tensors have no values."""
+    """Have ``obim`` tell what it assigns, and merge nothing, for the time of the context.
+
+    Args:
+        observer: Called for each tensor with its inputs, its parameters and the assignment, or None
+            where no expert takes part. The tensors that the merge gives have no values meanwhile.
+    """
     token = _OBSERVER.set(observer)
     try:
         yield
@@ -75,7 +80,7 @@ def observing(observer: Observer) -> Iterator[None]:
 
 
 class Obim(ExpertMethod):
-    """Each position of a tensor is one expert's or the base's."""
+    """Gives each position of a tensor to one expert or leaves it to the base."""
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
@@ -100,13 +105,24 @@ class Obim(ExpertMethod):
             )
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """What becomes of a tensor without saliency."""
+        """Return what becomes of a tensor without saliency, for a warning."""
         if parameters["assignment"] == "iterative":
             return super().fallback(kind, parameters)
         return "left out of the choice" if kind == "base" else "chosen with h = 1 for every expert"
 
     def assign(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Assignment | None:
-        """Give the positions of one tensor to the experts; None if no expert takes part."""
+        """Give the positions of one tensor to the experts.
+
+        Args:
+            group: The base's and the experts' tensors.
+            parameters: The recipe's, and the layer's number.
+
+        Returns:
+            The assignment, or None if no expert takes part.
+
+        Raises:
+            UnscorableError: An expert's weight or score is not finite.
+        """
         scale = parameters["lambda"]
         if parameters["assignment"] != "iterative":
             # The weights are the objective's w_k here, so λ alone scales what is chosen.
@@ -117,18 +133,18 @@ class Obim(ExpertMethod):
             if parameters["assignment"] == "nearest":
                 asked = parameters["stretch"]
                 stretch = stretch_to_one(weights) if asked is None else asked
-            owner = least_error_masks(candidates, weights, stretch)
+            owner = least_error_owners(candidates, weights, stretch)
             return Assignment(candidates, owner, [scale] * len(candidates), None, ())
         candidates, densities = candidates_of(group, parameters)
         order: Sequence[int] = range(len(candidates))
         if parameters["order"] == "rotation":
             order = rotate(order, parameters["layer"] or 0)
-        owner = exclusive_masks(candidates, densities, order)
+        owner = iterative_owners(candidates, densities, order)
         scales = [w * scale for w in values_of(group, parameters, "weight")]
         return Assignment(candidates, owner, scales, densities, order)
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
-        base, assignment = base_of(group), self.assign(group, parameters)
+        base, assignment = base_tensor(group), self.assign(group, parameters)
         observer = _OBSERVER.get()
         if observer:
             observer(group, parameters, assignment)

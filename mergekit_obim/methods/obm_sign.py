@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_obim.kernels.obm_sign import merge_obm_sign
+from mergekit_obim.kernels.ties import merge_obm_sign
 from mergekit_obim.methods.base import ExpertMethod, comparable_candidates_of, values_of
 from mergekit_obim.methods.parameters import (
     DENSITY,
@@ -21,10 +21,13 @@ from mergekit_obim.methods.parameters import (
 
 
 class ObmSign(ExpertMethod):
-    """``ties_obm``, but the saliencies vote on the sign."""
+    """Merges as ``ties_obm`` does, but the saliencies vote on the sign."""
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """Where h is missing: votes by saliency and by magnitude cannot be added up."""
+        """Return what becomes of a tensor without saliency, for a warning.
+
+        Votes by saliency and by magnitude cannot be added up, so all of its experts vote by one.
+        """
         if kind == "base":
             return super().fallback(kind, parameters)
         return "merged by magnitude for every expert"

@@ -33,7 +33,7 @@ class Parameter(ParameterSpec):
     choices: tuple[str, ...] = ()
 
     def validate(self, value: Any) -> Any:
-        """The value, converted to the parameter's type.
+        """Return a value, converted to the parameter's type.
 
         Raises:
             RecipeError: It is not one that the parameter takes.
@@ -64,14 +64,14 @@ class Parameter(ParameterSpec):
 def shared(
     name: str, kind: Any, default: Any, description: str, choices: tuple[str, ...] = ()
 ) -> Parameter:
-    """A parameter that is the same for all experts."""
+    """Declare a parameter that is the same for all experts."""
     return Parameter(name, kind, ParameterScope.SHARED, default, description, choices=choices)
 
 
 def per_expert(
     name: str, kind: Any, default: Any, description: str, choices: tuple[str, ...] = ()
 ) -> Parameter:
-    """A parameter that each expert may have a value of its own for."""
+    """Declare a parameter that each expert may have a value of its own for."""
     return Parameter(name, kind, ParameterScope.NON_BASE, default, description, choices=choices)
 
 
@@ -83,10 +83,10 @@ NORMALIZE = shared("normalize", bool, True, "Divide by the sum of the agreeing w
 
 
 def saliency_parameters(*, random: bool) -> tuple[Parameter, ...]:
-    """The parameters of a method that reads saliency files.
+    """Return the parameters of a method that reads saliency files.
 
     Args:
-        random: Whether chance may take the saliency's place.
+        random: Whether a random ranking may take the saliency's place.
     """
     chance = ("random",) if random else ()
     return (
@@ -114,7 +114,14 @@ def saliency_parameters(*, random: bool) -> tuple[Parameter, ...]:
 def method_spec(
     name: str, pretty_name: str, paper: str, *parameters: ParameterSpec
 ) -> MergeMethodSpec:
-    """What mergekit is told of a method; all of ours need a base and an expert."""
+    """Return what mergekit is told of a method; all of ours need a base and an expert.
+
+    Args:
+        name: As ``merge_method`` has it.
+        pretty_name: As documentation has it.
+        paper: The method's number on arXiv.
+        parameters: What a recipe may set.
+    """
     return MergeMethodSpec(
         name=name,
         pretty_name=pretty_name,

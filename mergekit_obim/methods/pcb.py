@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_obim.kernels.pcb import merge_pcb
-from mergekit_obim.methods.base import ExpertMethod, base_of, experts_of, values_of
+from mergekit_obim.kernels.baselines.pcb import merge_pcb
+from mergekit_obim.methods.base import ExpertMethod, base_tensor, expert_tensors, values_of
 from mergekit_obim.methods.parameters import DENSITY, LAMBDA, WEIGHT, method_spec
 
 
 class Pcb(ExpertMethod):
-    """Experts' parameters compete, within each tensor. Needs no saliency."""
+    """Lets the experts' parameters compete within each tensor; reads no saliency."""
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         return merge_pcb(
-            base_of(group),
-            experts_of(group),
+            base_tensor(group),
+            expert_tensors(group),
             values_of(group, parameters, "density"),
             values_of(group, parameters, "weight"),
             parameters["lambda"],

@@ -11,7 +11,7 @@ from mergekit.merge_methods.base import TensorGroup
 from mergekit_obim.kernels.regmean import merge_regmean
 from mergekit_obim.methods.base import (
     ExpertMethod,
-    base_of,
+    base_tensor,
     check_objective_weights,
     objective_of,
 )
@@ -20,7 +20,7 @@ from mergekit_obim.methods.planning import PlannedInput
 
 
 class RegMeanDiag(ExpertMethod):
-    """The mean of the experts, weighted by h."""
+    """Takes the mean of the experts, weighted by h."""
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
@@ -29,13 +29,13 @@ class RegMeanDiag(ExpertMethod):
         check_objective_weights(output, inputs)
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """Where h is missing."""
+        """Return what becomes of a tensor without saliency, for a warning."""
         return "left out of the mean" if kind == "base" else "merged with h = 1 for every expert"
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         candidates, weights = objective_of(group, parameters)
         if not candidates:
-            return base_of(group).clone()
+            return base_tensor(group).clone()
         return merge_regmean(candidates, weights, parameters["lambda"])
 
 

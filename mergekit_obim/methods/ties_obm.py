@@ -21,7 +21,7 @@ from mergekit_obim.methods.parameters import (
 
 
 class TiesObm(ExpertMethod):
-    """TIES with its trimming ranked by saliency."""
+    """Merges as TIES does, with its trimming ranked by saliency."""
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         candidates, densities = candidates_of(group, parameters)

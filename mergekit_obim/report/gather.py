@@ -27,7 +27,7 @@ from mergekit_obim.kernels.kinship import Moments
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate, Criterion, GivenScores, Saliency
 from mergekit_obim.kernels.selection import FREE
-from mergekit_obim.kernels.tally import Tally, outcomes, tally, wishes
+from mergekit_obim.kernels.tally import Tally, claim_counts, outcomes, tally
 from mergekit_obim.methods.obim import Assignment, observing
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.layers import block_of, rotate
@@ -220,7 +220,7 @@ def _tensor_tally(
         if assignment.densities is not None and sampled:
             part = Positions(_spread(base.tensor.numel()))
             owner = part.of(assignment.owner).numpy()
-            wanted_twice = wishes(sampled, assignment.densities) > 1
+            wanted_twice = claim_counts(sampled, assignment.densities) > 1
             contested = [0.0] * (len(experts) + 1)
             for label, column in zip([*range(len(rows)), FREE], columns, strict=True):
                 share = np.count_nonzero(wanted_twice & (owner == label)) / max(1, len(owner))

@@ -1,14 +1,25 @@
 """Measure h, the curvature of each weight's own operation, while a model runs forward.
 
 The paper scores a linear layer by its output error, whose Hessian is 2 X Xᵀ (arXiv 2502.12217,
-equation 6): all that is needed of a calibration run is E[x_j²] of each layer's input. This module
+equation 6): all that is needed of a calibration run is E[x_j²] of each layer's input. This package
 takes the same objective to every operation that is linear in its weight.
 
 Weights are not found by their module's class, since models use them in too many ways (Conv1D,
 ``x @ W.T``, ``1 + w``, bare parameters). Instead a dispatch mode watches every aten operation
 and recognises a weight by where it lies in memory: its storage, offset and strides, so also when
 transposed, reshaped by dims of size one, cast, or shifted by a constant. One handler per family of
-operations then yields what the operation says about h; each handler cites its row of this table:
+operations then yields what the operation says about h.
+
+Read it in this order:
+
+``weights``       recognising a weight in a tensor
+``calls``         one operation, as handlers see it, and what they give back
+``dense``, ``experts``, ``convolutions``  the handlers
+``squares``       Σ x², where equation 6 is computed
+``ledger``        sums per weight, and h
+``watch``         the dispatch mode that brings them together
+
+Each handler cites its row of this table:
 
     ============  ======================  ======================================================
     row           operation               h, shaped to broadcast against the weight
@@ -31,7 +42,7 @@ What stays out of sight: kernels that do not go through PyTorch's dispatcher (th
 "never used"), and weights that were combined or cast before the capture began.
 """
 
-from mergekit_obim.calibration.capture.terms import FEWEST_ROWS
-from mergekit_obim.calibration.capture.watch import Curvature, CurvatureCapture, input_device
+from mergekit_obim.calibration.capture.ledger import FEWEST_ROWS, Curvature, Ledger
+from mergekit_obim.calibration.capture.watch import CurvatureCapture, input_device
 
-__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "input_device"]
+__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "Ledger", "input_device"]

@@ -1,4 +1,4 @@
-"""What the handlers are given, one aten operation, and what they give back."""
+"""What a handler is given, one aten operation, and what it gives back."""
 
 from __future__ import annotations
 
@@ -16,54 +16,90 @@ aten = torch.ops.aten
 
 
 class Use(NamedTuple):
-    """What one operation adds to a weight's h: a sum of squares and how many rows it is over."""
+    """What one operation adds to a weight's h.
+
+    Attributes:
+        weight: The weight that was used.
+        row: The kind of use, after the rows of the package's table: kinds have their own counts.
+        total: The sum of squares, float32 or float64, which broadcasts against the weight (or
+            against one expert's entry of it).
+        rows: How many rows it is the sum over; of all experts of a fused weight int64 [experts].
+        expert: The only expert that this is about, if it is one.
+    """
 
     weight: Weight
-    row: str  # of the table, so that terms of different kinds keep their own counts
-    total: Tensor  # broadcasts against the weight, or against one expert's
-    rows: int | Tensor  # of a whole fused weight: int64 [experts]
-    expert: int | None = None  # the only one that this is about
+    row: str
+    total: Tensor
+    rows: int | Tensor
+    expert: int | None = None
 
 
 @dataclass
 class Lookup:
-    """Rows that were looked up in an embedding, until it is seen at what scale they are used."""
+    """Rows that were looked up in an embedding, until it is seen at what scale they are used.
+
+    Attributes:
+        weight: The embedding's.
+        counts: How often each row was looked up, int64 [vocab].
+        rows: How many look-ups that are.
+        scale: The factor at which they were counted; None before that.
+    """
 
     weight: Weight
-    counts: Tensor  # int64 [vocab]
+    counts: Tensor
     rows: int
-    scale: float | None = None  # at which they were counted
+    scale: float | None = None
 
 
 @dataclass
 class Call:
-    """One aten operation, with the views of weights among its arguments."""
+    """One aten operation, with the views of weights among its arguments.
 
-    op: Any  # the OpOverloadPacket
+    Attributes:
+        op: The operation, a torch OpOverloadPacket such as ``aten.mm``.
+        args, kwargs: Its arguments.
+        out: Its result.
+        views: By the id of an argument, the weights that it shows.
+        lookups: Arguments that are rows of an embedding, with the scale that they have so far.
+    """
+
+    op: Any
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     out: Any
-    views: dict[int, list[View]] = field(default_factory=dict)  # id of the argument -> views
+    views: dict[int, list[View]] = field(default_factory=dict)
     lookups: list[tuple[Tensor, Lookup, float]] = field(default_factory=list)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor among the arguments."""
+        """Yield every tensor among the arguments."""
         return tensors_in((*self.args, *self.kwargs.values()))
 
     def view(self, tensor: object, *, expert: bool = False) -> View | None:
-        """The one whole weight, or also one `expert`'s, that this argument shows, if it does."""
+        """Return the weight that an argument shows whole, if it shows one and nothing else.
+
+        Args:
+            tensor: An argument of the operation.
+            expert: Whether one expert's entry of a fused weight counts as well.
+        """
+        # Weights that share memory show in the same tensor: which of them is meant, nobody knows.
         views = self.views.get(id(tensor), [])
         if len(views) != 1 or views[0].axes is None:
             return None
         return views[0] if expert or views[0].expert is None else None
 
     def is_data(self, value: object) -> bool:
+        """Return whether an argument is a real tensor that shows no weight: an activation."""
         return isinstance(value, Tensor) and id(value) not in self.views and not value.is_complex()
 
     def pair(
         self, a: object, b: object, *, expert: bool = False
     ) -> tuple[View, Tensor, bool] | None:
-        """(weight, data, weight is on the right), if exactly one of the two is a weight."""
+        """Tell weight and activations apart among two arguments.
+
+        Returns:
+            The weight, the activations, and whether the weight is on the right; None if not
+            exactly one of the two is a weight.
+        """
         left, right = self.view(a, expert=expert), self.view(b, expert=expert)
         if right is not None and isinstance(a, Tensor) and self.is_data(a):
             return right, a, True

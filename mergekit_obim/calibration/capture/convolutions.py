@@ -1,4 +1,4 @@
-"""Handler of convolutions: row "convolution" of the table in the package's docstring."""
+"""The handler of convolutions: row "convolution" of the table in the package's docstring."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mergekit_obim.calibration.capture.squares import Squares, accumulation_dtyp
 
 
 def on_convolution(squares: Squares, call: Call) -> Iterator[Use]:
-    """``convolution(x, W, bias, stride, padding, dilation, transposed, output_padding, groups)``.
+    """Handle a convolution of any number of dims.
 
-    A kernel position is a linear layer on what it meets at every output position: h is the mean
+    ``convolution(x, W, bias, stride, padding, dilation, transposed, output_padding, groups)``. A
+    kernel position is a linear layer on what it meets at every output position: h is the mean
     of its square over these, per input channel. Padding is met as zero.
     """
     x, w, bias, *geometry = call.args
@@ -37,9 +38,10 @@ def on_convolution(squares: Squares, call: Call) -> Iterator[Use]:
 def squares_met(
     x: Tensor, weight_shape: torch.Size, out_shape: torch.Size, geometry: list[Any]
 ) -> Tensor:
-    """Σ over the output positions of the squared input that each kernel position meets.
+    """Sum, over the output positions, the squared input that each kernel position meets.
 
-    It is the gradient of Σ conv(x², W) with respect to W, the same for every output channel of a
+    It is the gradient of Σ conv(x², W) with respect to W, which torch computes for any stride,
+    padding and dilation without an array of patches. It is the same for every output channel of a
     group: so a kernel of one output channel per group has it all.
 
     Args:
@@ -50,7 +52,7 @@ def squares_met(
             output_padding, groups.
 
     Returns:
-        Float32 (float64 for float64 x), broadcasts against the weight: [1, in, …]; of several
+        Float32 (float64 for float64 x), which broadcasts against the weight: [1, in, …]; of several
         groups [out, in / groups, …]; of a transposed one [in, 1, …].
     """
     transposed, groups = geometry[3], geometry[5]

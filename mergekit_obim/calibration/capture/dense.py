@@ -1,6 +1,7 @@
 """Handlers of the operations that use a whole weight at once: products, look-ups, norms, sums.
 
-Each cites its row of the table in the package's docstring.
+Each cites its row of the table in the package's docstring. A handler yields what it is sure of. It
+yields nothing where it is not: the weight is then named as unscored.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from mergekit_obim.calibration.capture.weights import View
 
 
 def _product(squares: Squares, call: Call, a: object, b: object) -> Iterator[Use]:
-    """Rows "Linear" and "Conv1D": a weight times activations, from either side.
+    """Handle rows "Linear" and "Conv1D", a weight times activations, from either side.
 
     For x W the rows of x are summed over; W x is (xᵀ Wᵀ)ᵀ. A 3-D product counts if it takes the
     same weight for every entry of the batch.
@@ -31,22 +32,30 @@ def _product(squares: Squares, call: Call, a: object, b: object) -> Iterator[Use
     assert view.axes is not None
     if len(view.axes) == 3 and view.axes[0] is not None:
         return  # a weight of its own per entry: experts
+    # The input's dim is what is summed over: W's last but one on the right, its last on the left.
     axis = view.axes[-2] if weight_is_right else view.axes[-1]
     x = x if weight_is_right else x.mT
     yield linear_use(squares, view, axis, x)
 
 
 def linear_use(squares: Squares, view: View, axis: int | None, x: Tensor) -> Use:
-    """h along the parameter's dim `axis` (None: an input of one feature), from x [..., in]."""
+    """Return a linear layer's use of its weight: Σ x² of each input feature (equation 6).
+
+    Args:
+        squares: Sums them.
+        view: The weight.
+        axis: The parameter's dim that the input features are along; None for a single feature.
+        x: Activations [..., in].
+    """
     x = x.reshape(-1, x.shape[-1])
     total = squares.sum(view.weight, x).view(view.spread({axis: x.shape[1]}))
     return Use(view.weight, f"linear {axis}", total, x.shape[0], view.expert)
 
 
 def _has_rows(view: View, x: Tensor) -> bool:
-    """Whether x spans the weight and has rows besides.
+    """Return whether x spans the weight and has rows besides, as activations do.
 
-    Activations do. Without rows x may be a mask, a factor or an update, and the result a weight.
+    Without rows x may be a mask, a factor or an update, and the result a weight.
     """
     assert view.axes is not None
     kept = sum(axis is not None for axis in view.axes)
@@ -54,19 +63,24 @@ def _has_rows(view: View, x: Tensor) -> bool:
 
 
 def bias_use(view: View, added_to: int) -> Use:
-    """Row "bias": h = 1. `added_to` is the element count of the sum."""
+    """Return a bias's use, row "bias": its input is always 1, so h = 1.
+
+    Args:
+        view: The bias.
+        added_to: How many elements the sum has that it was added to.
+    """
     rows = added_to // max(1, math.prod(view.shape))
     total = torch.full(view.spread({}), float(rows), dtype=torch.float64, device="cpu")
     return Use(view.weight, "bias", total, rows, view.expert)
 
 
 def on_mm(squares: Squares, call: Call) -> Iterator[Use]:
-    """mm, bmm: ``(a, b)``."""
+    """Handle mm and bmm: ``(a, b)``."""
     yield from _product(squares, call, call.args[0], call.args[1])
 
 
 def on_addmm(squares: Squares, call: Call) -> Iterator[Use]:
-    """addmm, baddbmm: ``(bias, a, b, *, beta, alpha)``; scaled ones are left alone."""
+    """Handle addmm and baddbmm: ``(bias, a, b, *, beta, alpha)``; scaled ones are left alone."""
     if call.kwargs.get("beta", 1) != 1 or call.kwargs.get("alpha", 1) != 1:
         return
     bias = call.view(call.args[0], expert=True)
@@ -76,7 +90,7 @@ def on_addmm(squares: Squares, call: Call) -> Iterator[Use]:
 
 
 def on_linear(squares: Squares, call: Call) -> Iterator[Use]:
-    """linear: ``(x, weight, bias)``, where it is not decomposed, and for the skipped head."""
+    """Handle linear: ``(x, weight, bias)``, where torch keeps it whole, and for a skipped head."""
     x, w, b = (*call.args, None)[:3]
     view = call.view(w)
     if view is None or view.axes is None or not call.is_data(x):
@@ -87,7 +101,11 @@ def on_linear(squares: Squares, call: Call) -> Iterator[Use]:
 
 
 def on_embedding(squares: Squares, call: Call) -> Iterator[Lookup]:
-    """Row "embedding": ``embedding(W, ids)``, ``index_select(W, 0, ids)``, ``index(W, [ids])``."""
+    """Handle row "embedding": a look-up is a product with one-hot rows, whose squares are counts.
+
+    ``embedding(W, ids)``, ``index_select(W, 0, ids)``, ``index(W, [ids])``. The scale at which rows
+    are used is not known yet, so what is yielded is a :class:`Lookup`.
+    """
     table, indices = call.args[0], call.args[1]
     if call.op is aten.index_select:
         indices = call.args[2] if call.args[1] == 0 else None
@@ -106,11 +124,13 @@ def on_embedding(squares: Squares, call: Call) -> Iterator[Lookup]:
 
 
 def on_mul(squares: Squares, call: Call) -> Iterator[Use]:
-    """Row "norm gain": γ ⊙ x̂, and any weight that scales activations elementwise."""
+    """Handle row "norm gain": γ ⊙ x̂, and any weight that scales activations elementwise."""
     if (found := call.pair(call.args[0], call.args[1])) is None or not _has_rows(*found[:2]):
         return
     view, x, _ = found
     assert view.axes is not None
+    # Broadcasting aligns dims from the last. Those that the weight has go last in x, in the order
+    # of the weight's own axes; over all others, where γ is the same, x² is summed.
     missing = call.out.ndim - len(view.axes)
     kept = sorted((a, missing + d) for d, a in enumerate(view.axes) if a is not None)
     dims = [dim for _, dim in kept]
@@ -122,7 +142,7 @@ def on_mul(squares: Squares, call: Call) -> Iterator[Use]:
 
 
 def on_add(squares: Squares, call: Call) -> Iterator[Use]:
-    """Row "bias": ``x + b``."""
+    """Handle row "bias": ``x + b``."""
     found = call.pair(call.args[0], call.args[1], expert=True)
     if found is None or call.kwargs.get("alpha", 1) != 1:
         return
@@ -131,8 +151,11 @@ def on_add(squares: Squares, call: Call) -> Iterator[Use]:
 
 
 def on_norm(squares: Squares, call: Call) -> Iterator[Use]:
-    """Rows "norm gain" and "bias": ``native_layer_norm(x, shape, γ, β, eps)``,
-    ``_fused_rms_norm(x, shape, γ, eps)``. x̂ is made again, in float32."""
+    """Handle rows "norm gain" and "bias" of norms that are one operation.
+
+    ``native_layer_norm(x, shape, γ, β, eps)``, ``_fused_rms_norm(x, shape, γ, eps)``. γ's input is
+    x̂ and not x, and x̂ never leaves the operation: it is made again, in float32.
+    """
     x, shape, gain, *rest, eps = call.args
     view = call.view(gain)
     if not call.is_data(x) or (view is not None and gain.shape != view.weight.shape):

@@ -20,15 +20,23 @@ from mergekit_obim.calibration.capture.weights import View
 
 
 def _use(view: View, axis: int | None, total: Tensor, rows: Tensor) -> Use:
-    """From total [experts, in] and rows [experts], h along the parameter's dim `axis`."""
+    """Return a fused weight's use.
+
+    Args:
+        view: The weight.
+        axis: The parameter's dim that the input features are along.
+        total: Σ x² of each expert's rows, [experts, in].
+        rows: How many rows each expert had, int64 [experts].
+    """
     shape = view.spread({0: total.shape[0], axis: total.shape[1]})
     return Use(view.weight, f"linear {axis}", total.view(shape), rows)
 
 
 def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
-    """``_grouped_mm(x, W, offs)``: x [rows, in] by expert, W [experts, in, out], offs [experts].
+    """Handle ``_grouped_mm(x, W, offs)``.
 
-    Rows past the last offset belong to no expert.
+    x is [rows, in], sorted by expert, W [experts, in, out], and offs [experts] where each expert's
+    rows end. Rows past the last offset belong to no expert.
     """
     x, w, offs, *_ = (*call.args, call.kwargs.get("offs"))
     view = call.view(w)
@@ -37,7 +45,7 @@ def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
     assert view.axes is not None
     if len(view.weight.shape) != 3 or len(view.axes) != 3 or view.axes[0] not in (0, None):
         return
-    ends = offs.tolist()
+    ends = offs.tolist()  # waits for the device; how the rows are split has to be known here
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     groups = x[: ends[-1]].split(counts)
     rows = torch.tensor(counts, device="cpu")
@@ -45,7 +53,10 @@ def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
 
 
 def on_bmm(squares: Squares, call: Call) -> Iterator[Use]:
-    """``bmm(x, W)``: x [experts, rows, in]; rows of zeros are those that were routed elsewhere."""
+    """Handle ``bmm(x, W)`` with an expert for each entry of the batch.
+
+    x is [experts, rows, in]; rows of zeros are those that were routed elsewhere, and do not count.
+    """
     found = call.pair(call.args[0], call.args[1])
     if found is None or found[0].axes is None or found[0].axes[0] != 0:
         yield from dense.on_mm(squares, call)

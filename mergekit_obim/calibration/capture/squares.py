@@ -1,4 +1,7 @@
-"""Sums of squares of activations: exact enough, fast, and shared among those who see one input."""
+"""Sums of squares of activations: the Σ x_j² of the paper's equation 6 (arXiv 2502.12217).
+
+They are exact enough, fast, and computed once for all the weights that see one input.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,22 @@ from mergekit_obim.calibration.capture.weights import (
 )
 from mergekit_obim.errors import CalibrationError
 
-# Squares are taken in pieces of about 1 MiB, which stay in a CPU's cache: in float32 that costs
-# less than half of squaring everything at once. Accelerators want few large kernels instead.
+# Squares are taken in pieces of 1 MiB of float32, which stay in a CPU's cache: that costs less than
+# half of squaring everything at once. Accelerators want few large kernels instead.
 _CHUNK_ELEMENTS = {"cpu": 2**18}
 _CHUNK_ELEMENTS_ELSEWHERE = 2**24
-# Inputs whose sums are remembered: q, k and v see one input, gate and up another.
+# Inputs whose sums are remembered: q, k and v see one input, gate and up another. Uses of one input
+# follow each other, so a few will do.
 _SHARED_INPUTS = 4
 # On accelerators, reading a flag back waits for the device: so flags are read in groups.
 _FLAGS_PER_CHECK = 256
 
 
 class Squares:
-    """Sums the squares of activations in float32 (float64 for float64), and checks them.
+    """Sums squares of activations in float32 (float64 for float64) and sees that they are finite.
 
     Args:
-        model: Gives the model's name, for messages.
+        model: Returns the model's name, for messages.
     """
 
     def __init__(self, model: Callable[[], str]) -> None:
@@ -47,24 +51,27 @@ class Squares:
         x: Tensor,
         normalise: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Σ over the rows of x², each row passed through `normalise` first.
+        """Return Σ x² over the rows, each row passed through `normalise` first.
 
         Args:
-            weight: Who asks, for the message if x is not finite.
+            weight: The weight whose operation has x as its input, for the message if x is not
+                finite.
             x: [rows, n], any real dtype; a view of the activations.
-            normalise: Row-wise function of a float32 (float64) chunk.
+            normalise: A row-wise function of a chunk [some rows, n], float32 (float64).
 
         Returns:
-            [n], float32, or float64 for float64 activations. Shared among all that ask for the
-            same plain x: not to be written to.
+            [n], float32, or float64 for float64 activations. It is shared among all that ask for
+            the same plain x, and not to be written to.
 
         Raises:
             CalibrationError: On CPUs, if a square is not finite; elsewhere it may be told later.
         """
+        # The same place in the same storage is the same input, as long as nothing was written there
+        # (`forget`) and the storage lives (the reference).
         key = (storage_of(x), offset_of(x), layout_of(x), x.dtype)
         if normalise is None and key in self._sums:
             return self._sums[key][1]
-        total = _sum(x, normalise)
+        total = sum_of_squares(x, normalise)
         self.check(weight, total)
         if normalise is None:
             self._sums[key] = (reference(x), total)
@@ -73,22 +80,40 @@ class Squares:
         return total
 
     def each(self, weight: Weight, groups: Sequence[Tensor]) -> Tensor:
-        """The same for several x [rows, n] of their own, any of which may be empty.
+        """Return Σ x² over the rows of each of several inputs, as of experts.
+
+        Args:
+            weight: The weight whose operation has them as its inputs.
+            groups: Tensors [rows, n] with any number of rows, also none.
 
         Returns:
-            [groups, n].
+            [groups, n], float32 (float64).
+
+        Raises:
+            CalibrationError: As for :meth:`sum`.
         """
-        totals = torch.stack([_sum(x) for x in groups])
+        totals = torch.stack([sum_of_squares(x) for x in groups])
         self.check(weight, totals)
         return totals
 
     def check(self, weight: Weight, total: Tensor) -> None:
-        """Note whether a sum is finite; see :meth:`raise_if_not_finite`."""
+        """Note whether a sum is finite, and sooner or later raise if it is not.
+
+        Raises:
+            CalibrationError: On CPUs, if it is not; elsewhere when the flags are read.
+        """
+        # All of a sum of squares is finite exactly if all that went into it was, and did not
+        # overflow: one look at n numbers instead of rows · n.
         self._flags.append((weight.name, torch.isfinite(total).all()))
         if total.device.type == "cpu" or len(self._flags) >= _FLAGS_PER_CHECK:
             self.raise_if_not_finite()
 
     def raise_if_not_finite(self) -> None:
+        """Read the flags that were noted.
+
+        Raises:
+            CalibrationError: A sum was not finite; the message names the model and the weight.
+        """
         flags, self._flags = self._flags, []
         for name, finite in flags:
             if not finite.item():
@@ -99,21 +124,33 @@ class Squares:
                 )
 
     def forget(self, storage: int) -> None:
-        """Its contents have changed."""
+        """Forget the sums of inputs in a storage whose contents have changed."""
         for known in [k for k in self._sums if k[0] == storage]:
             del self._sums[known]
 
     def clear(self) -> None:
+        """Forget all sums and flags; those of a pass that failed say nothing of the next."""
         self._sums.clear()
         self._flags.clear()
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
-    # bf16 squares would be wrong by 4e-4, and fp16 ones overflow.
+    """Return the dtype in which squares of x are taken: float32, or float64 for float64."""
+    # bf16 squares would be wrong by up to 4e-3 each, and a sum of them stops growing at 256 times
+    # one; fp16 overflows from activations of 256 on, which language models have.
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _sum(x: Tensor, normalise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def sum_of_squares(x: Tensor, normalise: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Return Σ_t x_tj², the diagonal of X Xᵀ (equation 6), of which h_j is the mean over t.
+
+    Args:
+        x: [rows, n], any real dtype.
+        normalise: A row-wise function of a chunk [some rows, n], which its result replaces.
+
+    Returns:
+        [n], of the :func:`accumulation_dtype`.
+    """
     dtype = accumulation_dtype(x)
     elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
     total = torch.zeros(x.shape[1], dtype=dtype, device=x.device)

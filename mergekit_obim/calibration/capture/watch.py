@@ -1,12 +1,16 @@
-"""The dispatch mode that watches a forward, operation by operation."""
+"""The dispatch mode that watches a forward pass, operation by operation.
+
+It finds the weights among an operation's arguments, has a handler say what the operation means for
+them, and enters that in the ledger. Beside parameters it follows what the forward makes of them: a
+copy, a cast or ``1 + W`` counts as the weight itself, rows of an embedding are followed until they
+are used, and anything else that is made of a weight bars it from a score.
+"""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -17,8 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mergekit_obim.calibration.capture import convolutions, dense, experts
 from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
+from mergekit_obim.calibration.capture.ledger import Curvature, Ledger
 from mergekit_obim.calibration.capture.squares import Squares
-from mergekit_obim.calibration.capture.terms import FEWEST_ROWS, Term
 from mergekit_obim.calibration.capture.weights import (
     View,
     Weight,
@@ -31,43 +35,31 @@ from mergekit_obim.calibration.capture.weights import (
 )
 
 
-@dataclass(frozen=True)
-class Curvature:
-    """What a calibration run measured for one parameter.
+class _Passing(NamedTuple):
+    """What is known of a tensor that the forward made.
 
     Attributes:
-        h: float32 on the CPU, shaped to broadcast against the parameter: Linear [1, in],
-            Conv1D [in, 1], embedding [vocab, 1], embedding tied to a head [vocab, d], norm gain
-            [d], bias [1].
-        rows: How many rows (tokens) h is the mean of; of tied terms, the largest.
-        experts: Of fused experts, how many rows each saw.
+        storage: Keeps the storage's address from being used again.
+        weights: The weights that it shows.
+        lookup: The rows of an embedding that it has, and their scale so far.
     """
-
-    h: Tensor
-    rows: int
-    experts: tuple[int, ...] = ()
-
-    @property
-    def pooled(self) -> tuple[int, ...]:
-        """The experts that saw too few rows, whose h is the mean over all of them."""
-        return tuple(e for e, rows in enumerate(self.experts) if rows < FEWEST_ROWS)
-
-
-class _Passing(NamedTuple):
-    """What is known of a tensor that the forward made; the reference keeps its address unique."""
 
     storage: StorageWeakRef
     weights: list[Weight]
-    lookup: tuple[Lookup, float] | None  # and the scale so far
+    lookup: tuple[Lookup, float] | None
 
 
 class CurvatureCapture(TorchDispatchMode):
-    """Context manager around forwards: ``with CurvatureCapture(model) as capture: model(…)``.
+    """Measures h of a model's parameters: ``with CurvatureCapture(model) as capture: model(…)``.
 
     It turns gradients off; the caller puts the model in eval mode, and passes batches without
     padding, since every row counts. Sums are kept on the activations' devices, squared in float32
     (float64 for float64 activations) and added up over batches in float64. It may be entered
     again, to go on counting; what an error ends counts for nothing.
+
+    Attributes:
+        ledger: What has been counted. After a forward that failed it is another object, of what had
+            been counted before.
 
     Args:
         model: The model; its parameters must not move to another device meanwhile, unless it is
@@ -87,28 +79,30 @@ class CurvatureCapture(TorchDispatchMode):
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
         # Asked once: bringing offloaded weights in and out unties those that are tied.
         self._first_name = _first_names(model)
+        # Modules with a fused weight [experts, …], and how many: a 2-D parameter beside it that has
+        # as many rows is a bias per expert.
         self._fused = {
             (name.rpartition(".")[0], shape[0])
             for name, shape in self._shapes.items()
             if len(shape) == 3
         }
-        self._terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
-        self._unaccounted: dict[str, str] = {}
+        self.ledger = Ledger(self._shapes)
+        self._before: Ledger | None = None  # to go back to, if the forward fails
         self._parameters: dict[int, list[Weight]] = {}  # by storage
         self._references: list[StorageWeakRef] = []  # keep their addresses unique
         self._passing: dict[int, _Passing] = {}  # by storage
         self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
         self._stack = ExitStack()
         self._head = _skippable_head(model, self) if skip_logits else None
-        self._before: tuple[defaultdict[str, dict[str, Term]], dict[str, str]]
 
     @property
     def skips_logits(self) -> bool:
+        """Whether the output head's logits are left out."""
         return self._head is not None
 
     @property
     def tied(self) -> dict[str, tuple[str, ...]]:
-        """The other names of each parameter that has several: first name -> further names."""
+        """By the first name of each parameter that has several, its further names."""
         others: dict[str, tuple[str, ...]] = {}
         for name, first in self._first_name.items():
             if name != first:
@@ -118,6 +112,7 @@ class CurvatureCapture(TorchDispatchMode):
     def __enter__(self) -> CurvatureCapture:
         self._parameters = self._weights_of(self._model)
         self._references = [reference(p) for p in self._model.parameters()]
+        # What is entered here is left in __exit__; if entering fails, at once.
         with ExitStack() as stack:
             for name, module in self._model.named_modules():
                 hook = getattr(module, "_hf_hook", None)
@@ -133,7 +128,7 @@ class CurvatureCapture(TorchDispatchMode):
                 self._head.forward = self._measured_head  # type: ignore[method-assign,assignment]
             super().__enter__()  # type: ignore[no-untyped-call]
             self._stack = stack.pop_all()
-        self._before = self._snapshot()
+        self._before = self.ledger.snapshot()
         return self
 
     def __exit__(self, exc_type: Any, exc: Any, tb: Any) -> None:
@@ -147,74 +142,27 @@ class CurvatureCapture(TorchDispatchMode):
         finally:
             self._squares.clear()
             if not finished:
-                self._terms, self._unaccounted = self._before
+                assert self._before is not None
+                self.ledger = self._before
                 self._passing.clear()
             # Else it stays: what a model makes of its weights and keeps, it makes only once.
-            self._before = (defaultdict(dict), {})
+            self._before = None
 
     def curvatures(self) -> dict[str, Curvature]:
-        """h of each measured parameter, in the model's order; a tied weight once (`tied`)."""
-        measured = {}
-        for name in self._shapes:
-            terms = [t for t in self._terms.get(name, {}).values() if t.all_rows() > 0]
-            if not terms or name in self._unaccounted:
-                continue
-            most = max(terms, key=Term.all_rows)
-            h = sum((term.mean() for term in terms[1:]), start=terms[0].mean())
-            measured[name] = Curvature(h, most.all_rows(), most.experts())
-        return measured
+        """Return h of each measured parameter, in the model's order, a tied one once (`tied`)."""
+        return self.ledger.curvatures()
 
     def unscored(self) -> dict[str, str]:
-        """Every other parameter, with the reason why it has no h."""
-        reasons = {}
-        for name in self._shapes:
-            terms = self._terms.get(name, {})
-            if name in self._unaccounted:
-                reasons[name] = self._unaccounted[name]
-            elif not terms:
-                reasons[name] = "never used in the calibration run"
-            elif not any(term.all_rows() for term in terms.values()):
-                reasons[name] = "no token reached it in the calibration run"
-        return reasons
-
-    def state(self) -> dict[str, Any]:
-        """Everything counted so far, as dicts of tensors (float64, CPU), ints and strings.
-
-        The rows of fused experts are lists of ints.
-        """
-        terms = {
-            f"{row}:{name}": term
-            for name, by_row in self._terms.items()
-            for row, term in by_row.items()
-        }
-        return {
-            "totals": {key: term.total.cpu() for key, term in terms.items()},
-            "rows": {key: list(term.experts()) or term.rows for key, term in terms.items()},
-            "unaccounted": dict(self._unaccounted),
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave for the same model."""
-        self._terms.clear()
-        for key, total in state["totals"].items():
-            row, _, name = key.partition(":")
-            self._terms[name][row] = Term.from_state(total, state["rows"][key])
-        self._unaccounted = dict(state["unaccounted"])
-
-    def _snapshot(self) -> tuple[defaultdict[str, dict[str, Term]], dict[str, str]]:
-        """Everything counted so far, to go back to."""
-        terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
-        for name, by_row in self._terms.items():
-            terms[name] = {row: term.copy() for row, term in by_row.items()}
-        return terms, dict(self._unaccounted)
+        """Return every other parameter, with the reason why it has no h."""
+        return self.ledger.unscored()
 
     def _is_per_expert(self, name: str) -> bool:
-        """Whether a parameter may hold a weight per expert, or a bias beside such a weight."""
+        """Return whether a parameter may hold a weight per expert, or a bias beside such a one."""
         shape, module = self._shapes[name], name.rpartition(".")[0]
         return len(shape) == 3 or (len(shape) == 2 and (module, shape[0]) in self._fused)
 
     def _weights_of(self, module: nn.Module, prefix: str = "") -> dict[int, list[Weight]]:
-        """Where the parameters lie, by storage; each once, under its first name."""
+        """Return where a module's parameters lie, by storage; each once, under its first name."""
         found: dict[int, list[Weight]] = {}
         for name, p in module.named_parameters(prefix, remove_duplicate=False):
             name = self._first_name[name]
@@ -228,7 +176,10 @@ class CurvatureCapture(TorchDispatchMode):
     def _brought_in(
         self, name: str, bring_in: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any
     ) -> Any:
-        """accelerate's hook brings a module's offloaded weights in: note where they lie then."""
+        """Stand in for accelerate's hook, which brings a module's offloaded weights in.
+
+        They lie elsewhere each time, so where is noted as soon as they are there.
+        """
         result = bring_in(module, *args, **kwargs)
         lying = self._weights_of(module, name)
         for parameter in module.parameters():
@@ -238,8 +189,8 @@ class CurvatureCapture(TorchDispatchMode):
         return result
 
     def _reset(self) -> None:
-        self._terms.clear()
-        self._unaccounted = {}
+        """Start anew: nothing was counted, and nothing is known of what a forward left."""
+        self.ledger = Ledger(self._shapes)
         self._passing.clear()
 
     # -- watching operations ------------------------------------------------------------------
@@ -252,6 +203,8 @@ class CurvatureCapture(TorchDispatchMode):
         call = Call(func.overloadpacket, args, kwargs, out)
         for tensor in call.tensors():
             self._recognise(tensor, call)
+        # Only now is what was written to forgotten: rows of an embedding that are scaled in place
+        # are still to be followed.
         writes = func._schema.is_mutable
         if writes:
             self._forget_written(func, call)
@@ -266,6 +219,9 @@ class CurvatureCapture(TorchDispatchMode):
         return out
 
     def _recognise(self, tensor: Tensor, call: Call) -> None:
+        """Note in the call which weights, or rows of an embedding, an argument of it shows."""
+        # What the forward made comes first: it may lie in a parameter's own storage, where an
+        # offloaded weight is brought in.
         key = storage_of(tensor)
         passing = self._passing.get(key)
         known = passing.weights if passing is not None else self._parameters.get(key, ())
@@ -276,7 +232,7 @@ class CurvatureCapture(TorchDispatchMode):
             call.lookups.append((tensor, *passing.lookup))
 
     def _account(self, call: Call) -> None:
-        """Add what the operation says of its weights; name those it says nothing of."""
+        """Enter what the operation says of its weights; bar those it says nothing of."""
         if (source := _copied(call)) is not None:
             self._remember(call.out, [source.weight.moved(call.out, source.axes)])
             return
@@ -287,11 +243,11 @@ class CurvatureCapture(TorchDispatchMode):
             if isinstance(use, Lookup):
                 self._remember(call.out, [], (use, 1.0))
             else:
-                self._add(use)
+                self.ledger.add(use)
         views = [view for several in call.views.values() for view in several]
         for view in views:
             if view.axes is None or view.weight.name not in accounted:
-                self._unaccounted.setdefault(view.weight.name, _why(call, view))
+                self.ledger.refuse(view.weight.name, _why(call, view))
         # What is made of weights alone is no activation: a later handler must not take it for one.
         if not accounted and all(id(t) in call.views or t.ndim == 0 for t in call.tensors()):
             for made in tensors_in((call.out,)):
@@ -303,13 +259,15 @@ class CurvatureCapture(TorchDispatchMode):
         weights: list[Weight],
         lookup: tuple[Lookup, float] | None = None,
     ) -> None:
+        """Note what a tensor that the forward made is, for as long as its storage lives."""
         self._passing = {k: p for k, p in self._passing.items() if not expired(p.storage)}
         self._passing[storage_of(tensor)] = _Passing(reference(tensor), weights, lookup)
 
     def _forget_written(self, func: Any, call: Call) -> None:
-        """A tensor that was written to is no longer the copy, the rows or the input it was.
+        """Forget what is known of tensors that an operation wrote to.
 
-        (Version counters cannot tell: views made under a dispatch mode have their own.)
+        They are no longer the copy, the rows or the input that they were. (Version counters cannot
+        tell: views made under a dispatch mode have their own.)
         """
         for i, argument in enumerate(func._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
@@ -317,31 +275,30 @@ class CurvatureCapture(TorchDispatchMode):
             written = call.args[i] if i < len(call.args) else call.kwargs.get(argument.name)
             for tensor in tensors_in((written,)):
                 for view in call.views.get(id(tensor), ()):
-                    self._unaccounted.setdefault(view.weight.name, "changed while the model ran")
+                    self.ledger.refuse(view.weight.name, "changed while the model ran")
                 key = storage_of(tensor)
                 self._passing.pop(key, None)
                 self._squares.forget(key)
 
     def _measured_head(self, x: Tensor) -> Tensor:
-        """Stands in for the output head's forward: counts its input, builds no logits."""
+        """Stand in for the output head's forward: count its input x, build no logits.
+
+        Returns:
+            [..., 0]: a [tokens, vocab] product would take most of the memory of a pass, and nothing
+            after it has a weight.
+        """
         assert self._head is not None
         call = Call(aten.linear, (x, self._head.weight, self._head.bias), {}, None)
         for parameter in self._head.parameters(recurse=False):
             self._recognise(parameter, call)
         for use in dense.on_linear(self._squares, call):
-            self._add(use)
+            self.ledger.add(use)
         return x.new_empty((*x.shape[:-1], 0))
 
     # -- counting -----------------------------------------------------------------------------
 
-    def _add(self, use: Use) -> None:
-        terms = self._terms[use.weight.name]
-        if use.row not in terms:
-            terms[use.row] = Term.like(use)
-        terms[use.row].add(use)
-
     def _follow(self, call: Call, tensor: Tensor, lookup: Lookup, scale: float) -> None:
-        """See how an embedding's output is used: scaled or copied, or for good."""
+        """See how an embedding's output is used: follow it if it is scaled or copied, or count."""
         factor = _scalar_factor(call, tensor)
         if factor is not None:
             self._remember(call.out, [], (lookup, scale * factor))
@@ -352,22 +309,23 @@ class CurvatureCapture(TorchDispatchMode):
         self._count(lookup, scale, times=max(1, call.out.numel() // own) if spread else 1)
 
     def _count(self, lookup: Lookup, scale: float, times: int) -> None:
-        """Row "embedding" of the table: frequency, times scale² for a scaled embedding.
+        """Count rows of an embedding, row "embedding" of the table: frequency · scale².
 
+        An embedding times a constant (Gemma's √d) is a look-up of one-hot rows times that constant.
         What is looked up per expert is a bias: h = 1 over the rows of each.
         """
         weight = lookup.weight
         if weight.per_expert:
             whole = View(weight, (None, None))
-            self._add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
+            self.ledger.add(dense.bias_use(whole, lookup.rows * math.prod(weight.shape)))
             return
         if lookup.scale is None:
             lookup.scale = scale
             shape = (-1,) + (1,) * (len(weight.shape) - 1)
             total = lookup.counts.double() * (scale * scale * times)
-            self._add(Use(weight, "embedding", total.view(shape), lookup.rows * times))
+            self.ledger.add(Use(weight, "embedding", total.view(shape), lookup.rows * times))
         elif not math.isclose(lookup.scale, scale):
-            self._unaccounted.setdefault(weight.name, "its rows are used at several scales")
+            self.ledger.refuse(weight.name, "its rows are used at several scales")
 
 
 HANDLERS: dict[Any, Handler] = {
@@ -375,6 +333,7 @@ HANDLERS: dict[Any, Handler] = {
     **experts.HANDLERS,
     **convolutions.HANDLERS,
 }
+# They take a tensor for its shape and dtype, and read nothing of it.
 _METADATA_ONLY = {
     *(aten.empty_like, aten.zeros_like, aten.ones_like, aten.full_like),
     *(aten.rand_like, aten.randn_like),
@@ -387,7 +346,10 @@ _BROADCASTING = {aten.add, aten.add_, aten.sub, aten.sub_, aten.mul, aten.mul_}
 
 
 def _copied(call: Call) -> View | None:
-    """The weight that the result equals, up to a constant and a cast: W.to(…), 1 + W (Gemma)."""
+    """Return the weight that the result equals, up to a constant and a cast.
+
+    W.to(…) and 1 + W (Gemma's norms) do: δ is the same for them, and so is h. 0.5 · W does not.
+    """
     shifted = call.op is aten.add and not isinstance(call.args[1], Tensor)
     if not shifted and call.op not in _COPIES:
         return None
@@ -397,7 +359,7 @@ def _copied(call: Call) -> View | None:
 
 
 def _scalar_factor(call: Call, tensor: Tensor) -> float | None:
-    """The number that this operation multiplies the looked-up rows by, if that is all it does."""
+    """Return the number that an operation multiplies looked-up rows by, if that is all it does."""
     if call.op in _COPIES:
         return 1.0
     if call.op not in _SCALINGS:
@@ -414,7 +376,7 @@ def _scalar_factor(call: Call, tensor: Tensor) -> float | None:
 
 
 def _why(call: Call, view: View) -> str:
-    """The reason to give for a weight that no handler accounted for."""
+    """Return the reason to give for a weight that no handler accounted for."""
     operation = str(call.op).replace(".default", "")
     if call.op is aten.index and view.weight.per_expert and call.args[1][0] is not None:
         return "each token gets a copy of its experts; set experts_implementation: grouped_mm"
@@ -427,31 +389,36 @@ def _why(call: Call, view: View) -> str:
 
 
 def _shares_storage(call: Call) -> bool:
-    """Whether the result is a view of an argument (or the argument itself, written to)."""
+    """Return whether the result is a view of an argument (or the argument itself, written to)."""
     storages = {storage_of(t) for t in tensors_in((call.out,))}
     return any(storage_of(t) in storages for t in call.tensors())
 
 
 def _restore_forward(module: nn.Module, forward: Any) -> None:
+    """Undo the replacing of a module's forward; accelerate may have replaced it before."""
     del module.forward
     if forward is not None:
         module.forward = forward
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
-    """Every parameter's name -> the first name of the one it is; tied ones have several."""
+    """Return, by each name of a parameter, its first one; tied parameters have several."""
     first = {id(p): name for name, p in model.named_parameters()}
     return {name: first[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def input_device(model: nn.Module) -> torch.device:
-    """Where a model wants its input; of one that accelerate has spread, its first device."""
+    """Return where a model wants its input; of one that accelerate has spread, its first device."""
     device = getattr(getattr(model, "_hf_hook", None), "execution_device", None)
     return next(model.parameters()).device if device is None else torch.device(device)
 
 
 def _skippable_head(model: nn.Module, capture: CurvatureCapture) -> nn.Linear | None:
-    """The output head, if a forward without its logits gives every parameter the same numbers."""
+    """Return the output head, if a forward without its logits gives all parameters the same sums.
+
+    A custom head, or logits that meet another weight (a temperature, a copy mechanism), would not:
+    so both are tried, on one token.
+    """
     find_head = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward:
@@ -465,7 +432,7 @@ def _skippable_head(model: nn.Module, capture: CurvatureCapture) -> nn.Linear | 
                 model(input_ids=token)
         except Exception:  # whatever it was: then the logits are built, and the run will tell
             return None
-        states.append(capture.state())
+        states.append(capture.ledger.state())
         capture._reset()
     full, without = states
     same = all(full[key] == without[key] for key in ("rows", "unaccounted")) and all(

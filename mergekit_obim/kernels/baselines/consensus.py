@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import all_finite, array, select
 from mergekit_obim.kernels.blocks import blocks
-from mergekit_obim.kernels.masked import all_finite, array, select
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector
 
@@ -44,7 +44,7 @@ def merge_consensus(
         scale: λ, on the merged task vector.
 
     Returns:
-        A new tensor like ``base``.
+        A new contiguous tensor of the base's shape and dtype.
 
     Raises:
         UnscorableError: A task vector is not finite.
@@ -52,7 +52,7 @@ def merge_consensus(
     merged = torch.empty(base.shape, dtype=base.dtype, device=base.device).copy_(base)
     for block in blocks(base.shape, base.device):
         start = block.of(base)
-        # What is not finite shows in the sum.
+        # A NaN or an infinity shows in the sum, so that one look finds it for all experts.
         with np.errstate(invalid="ignore", over="ignore"):
             vectors = [
                 task_vector(block.of(expert), start).mul_(weight)

@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 
 from mergekit_obim.errors import UnscorableError
+from mergekit_obim.kernels.backend import array, order_statistics
 from mergekit_obim.kernels.blocks import Block, blocks
-from mergekit_obim.kernels.masked import array, order_statistics
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.scores import task_vector, working_dtype
 
@@ -42,8 +42,8 @@ def merge_pcb(
     below at the quantile that leaves the top r_i). The merged task vector is
     Σ_i weight_i · sign(δ_i) ⊙ A_i ⊙ S_i / max(Σ_i S_i, 1e-12).
 
-    Computed with exp(K · (norm(A_i)² − 1)), which gives the same S_i for any K. The last bits
-    of exp and tanh differ between devices.
+    Computed with exp(K · (norm(A_i)² − 1)), which gives the same S_i, as norm takes factors out.
+    The last bits of exp and tanh differ between devices.
 
     Args:
         base: θ_B, any shape and floating dtype.
@@ -53,7 +53,7 @@ def merge_pcb(
         scale: λ, on the merged task vector.
 
     Returns:
-        A new tensor like ``base``.
+        A new contiguous tensor of the base's shape and dtype.
 
     Raises:
         UnscorableError: A task vector is not finite.
@@ -65,6 +65,8 @@ def merge_pcb(
     values, total = torch.zeros(2, size, dtype=dtype, device=base.device).unbind()
     parts = list(blocks(base.shape, base.device))
 
+    # Four passes, as each needs quantiles or a sum over all that the one before computes. What is
+    # needed again is computed again: to keep it would take K float32 tensors.
     bounds = []
     for expert in experts:
         for block in parts:
@@ -80,7 +82,8 @@ def merge_pcb(
             _at(block, base, total).add_(_normal(delta.abs(), *bound).copysign_(delta))
 
     def balance(block: Block, delta: torch.Tensor, bound: tuple[float, float]) -> torch.Tensor:
-        """intra ⊙ inter of one expert."""
+        """Return intra ⊙ inter of one expert in a block."""
+        # exp(K · x²) overflows float32 from K = 89 experts on; divided by exp(K) it cannot.
         count = len(experts)
         intra = _normal(delta.abs(), *bound).square_().sub_(1).mul_(count).exp_()
         return intra.mul_(_at(block, base, total).mul(delta).tanh_())
@@ -115,12 +118,12 @@ def _moved(block: Block, base: torch.Tensor, expert: torch.Tensor) -> torch.Tens
 
 
 def _at(block: Block, base: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
-    """A block's part of what is stored flat, [N], in the block's shape."""
+    """Return a block's part of what is stored flat, [N], as a view of the block's shape."""
     shape = block.of(base).shape
     return flat[block.start : block.start + shape.numel()].view(shape)
 
 
 def _normal(values: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    """Clip to low … high and spread that over 0 … 1; all 0 if it is one point. In place."""
+    """Clip values to low … high and spread that over 0 … 1, or 0 if it is one point, in place."""
     values.clamp_(low, high).sub_(low)
     return values.div_(high - low) if high > low else values
