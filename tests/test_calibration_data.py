@@ -6,7 +6,6 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_obim.calibration.data import (
-    ChatText,
-    content_hash,
-    load_rows,
-    next_batch,
-    pack,
-    prepare,
-    row_input,
-    sample_order,
-    tokenize,
-)
+from mergekit_obim.calibration.data import TokenizedCalibration, TokenSequence, prepare
+from mergekit_obim.calibration.data.drawing import sample_order
+from mergekit_obim.calibration.data.rows import load_rows
+from mergekit_obim.calibration.data.text import row_input
+from mergekit_obim.calibration.data.tokens import content_hash, next_batch, pack, tokenize
 from mergekit_obim.calibration.spec import Calibration, DataSource
 from mergekit_obim.errors import CalibrationError
 from tiny_tokenizers import BOS, CHAT_TEMPLATE, EOS, byte_ids, byte_tokenizer
@@ -45,6 +38,10 @@ def jsonl(folder: Path, rows: list[Any], name: str = "data.jsonl") -> Path:
     path = folder / name
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return path
+
+
+def ids_of(result: TokenizedCalibration) -> list[list[int]]:
+    return [sequence.ids for sequence in result.sequences]
 
 
 def error_of(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -365,7 +362,7 @@ def test_more_samples_keep_the_fewer(count: int, few: int, more: int, seed: int)
 def test_sampled_rows_stand_in_their_own_order(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"text": f"{n:03}"} for n in range(200)])
     result = prepare(calibration(path, samples=20, seed=3), PLAIN, "m")
-    texts = [PLAIN.decode(ids) for ids in result.sequences]
+    texts = [PLAIN.decode(ids) for ids in ids_of(result)]
     assert texts == [f"{n:03}" for n in sorted(sample_order(200, 20, 3))]
 
 
@@ -382,7 +379,7 @@ def test_only_drawn_rows_are_looked_at(tmp_path: Path) -> None:
     rows: list[Any] = [{"bad": n} for n in range(10)]
     rows[sample_order(10, 1, 0)[0]] = {"text": "a"}
     result = prepare(calibration(jsonl(tmp_path, rows), samples=1), PLAIN, "m")
-    assert result.sequences == [byte_ids("a")]
+    assert ids_of(result) == [byte_ids("a")]
 
 
 def test_mixture(tmp_path: Path) -> None:
@@ -392,7 +389,7 @@ def test_mixture(tmp_path: Path) -> None:
         [{"data": str(one), "samples": 3}, {"data": str(tmp_path / "two.txt"), "samples": 2}]
     )
     result = prepare(mixture, PLAIN, "m")
-    assert [PLAIN.decode(ids)[0] for ids in result.sequences] == ["a"] * 3 + ["b"] * 2
+    assert [PLAIN.decode(ids)[0] for ids in ids_of(result)] == ["a"] * 3 + ["b"] * 2
     assert result.tokens == 10
     assert [(s["data"], s["rows"], s["sampled"]) for s in result.sources] == [
         (str(one), 9, 3),
@@ -405,28 +402,26 @@ def test_mixture(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_the_tokenizers_own() -> None:
-    assert tokenize(["ab"], PLAIN, 8) == [byte_ids("ab")]
-    assert tokenize(["ab"], byte_tokenizer(add_bos=True), 8) == [[BOS, *byte_ids("ab")]]
+    assert tokenize("ab", PLAIN, 8).ids == byte_ids("ab")
+    assert tokenize("ab", byte_tokenizer(add_bos=True), 8).ids == [BOS, *byte_ids("ab")]
     both = byte_tokenizer(add_bos=True, add_eos=True)
-    assert tokenize(["ab"], both, 8) == [[BOS, *byte_ids("ab"), EOS]]
+    assert tokenize("ab", both, 8).ids == [BOS, *byte_ids("ab"), EOS]
 
 
 def test_cut_keeps_the_closing_token() -> None:
     both = byte_tokenizer(add_bos=True, add_eos=True)
-    assert tokenize(["abcdef", "é"], both, 4) == [
-        [BOS, *byte_ids("ab"), EOS],
-        [BOS, *byte_ids("é"), EOS],
-    ]
-    assert tokenize(["abcdef"], PLAIN, 4) == [byte_ids("abcd")]
-    assert tokenize(["abcdef"], PLAIN, None) == [byte_ids("abcdef")]
+    assert tokenize("abcdef", both, 4).ids == [BOS, *byte_ids("ab"), EOS]
+    assert tokenize("é", both, 4).ids == [BOS, *byte_ids("é"), EOS]
+    assert tokenize("abcdef", PLAIN, 4).ids == byte_ids("abcd")
+    assert tokenize("abcdef", PLAIN, None).ids == byte_ids("abcdef")
 
 
 def test_cut_and_padding_in_the_tokenizers_file_do_not_count() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=16)
-    assert tokenize(["abcdef"], tokenizer, 4) == [byte_ids("abcd")]
-    assert tokenize(["abcdef"], tokenizer, None) == [byte_ids("abcdef")]
+    assert tokenize("abcdef", tokenizer, 4).ids == byte_ids("abcd")
+    assert tokenize("abcdef", tokenizer, None).ids == byte_ids("abcdef")
 
 
 def test_no_room_beside_the_special_tokens(tmp_path: Path) -> None:
@@ -439,7 +434,7 @@ def test_no_room_beside_the_special_tokens(tmp_path: Path) -> None:
 def test_the_models_own_limit(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"text": "a" * 50}] * 3)
     result = prepare(calibration(path, max_length=32, samples=3), PLAIN, "m", limit=16)
-    assert [len(ids) for ids in result.sequences] == [16] * 3
+    assert [len(ids) for ids in ids_of(result)] == [16] * 3
     assert result.warnings == ["max_length is 16, the longest that the model takes, instead of 32"]
     assert not prepare(calibration(path, max_length=9, samples=3), PLAIN, "m", limit=16).warnings
 
@@ -449,16 +444,16 @@ def test_chat_template_does_not_double_the_bos(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(add_bos=True, add_eos=True, chat_template=CHAT_TEMPLATE)
     result = prepare(calibration(path), tokenizer, "m")
     expected = [BOS, *byte_ids("<user>hi"), EOS, *byte_ids("<assistant>yo"), EOS]
-    assert result.sequences == [expected]
+    assert ids_of(result) == [expected]
     by_transformers = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    assert result.sequences == [by_transformers]
+    assert ids_of(result) == [by_transformers]
     assert result.template == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 def test_chat_and_text_in_one_mixture(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"messages": CHAT[:1]}, {"text": "hi"}])
     tokenizer = byte_tokenizer(add_bos=True, chat_template=CHAT_TEMPLATE)
-    assert prepare(calibration(path), tokenizer, "m").sequences == [
+    assert ids_of(prepare(calibration(path), tokenizer, "m")) == [
         [BOS, *byte_ids("<user>hi"), EOS],
         [BOS, *byte_ids("hi")],
     ]
@@ -489,9 +484,11 @@ def test_saved_tokenizer_comes_back(tmp_path: Path) -> None:
 
     saved = byte_tokenizer(tmp_path, add_bos=True, chat_template=CHAT_TEMPLATE)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["def f(x):\n\treturn 'é'  # \x00 \N{SNOWMAN}", ChatText("<s>hi</s>")]
-    assert tokenize(texts, loaded, 64) == tokenize(texts, saved, 64)
-    assert loaded.decode(loaded(texts[0])["input_ids"], skip_special_tokens=True) == texts[0]
+    text = "def f(x):\n\treturn 'é'  # \x00 \N{SNOWMAN}"
+    for template in (None, CHAT_TEMPLATE):
+        sequence = tokenize(f"<s>{text}</s>", loaded, 64, template)
+        assert sequence == tokenize(f"<s>{text}</s>", saved, 64, template)
+        assert sequence.ids == [BOS] * (template is None) + [BOS, *byte_ids(text), EOS]
     assert loaded.chat_template == CHAT_TEMPLATE
 
 
@@ -520,19 +517,23 @@ def test_packing_joins_whole_rows(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(add_bos=True)
     result = prepare(calibration(path, packing=True, max_length=4), tokenizer, "m")
     stream = [BOS, *byte_ids("abcdefg"), EOS, BOS, *byte_ids("hij")]
-    assert result.sequences == [stream[0:4], stream[4:8], stream[8:12]]
+    assert ids_of(result) == [stream[0:4], stream[4:8], stream[8:12]]
     without_eos = byte_tokenizer(has_eos=False)
     result = prepare(calibration(path, packing=True, max_length=4), without_eos, "m")
-    assert result.sequences == [byte_ids("abcd"), byte_ids("efgh")]
+    assert ids_of(result) == [byte_ids("abcd"), byte_ids("efgh")]
 
 
 # --- hash and batches ---------------------------------------------------------------------
 
 
+def hash_of(sequences: list[list[int]]) -> str:
+    return content_hash(map(TokenSequence, sequences))
+
+
 def test_content_hash() -> None:
     by_hand = b"".join(number.to_bytes(8, "little") for number in [2, 1, 258, 1, 3])
-    assert content_hash([[1, 258], [3]]) == hashlib.sha256(by_hand).hexdigest()
-    hashes = {content_hash(s) for s in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]])}
+    assert hash_of([[1, 258], [3]]) == hashlib.sha256(by_hand).hexdigest()
+    hashes = {hash_of(s) for s in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]])}
     assert len(hashes) == 4
 
 
@@ -547,10 +548,10 @@ def test_content_hash_follows_what_is_measured(tmp_path: Path) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6)), st.integers(1, 5))
 def test_batches_hold_every_sequence_once(sequences: list[list[int]], size: int) -> None:
-    ordered = sorted(sequences, key=len)
-    made: list[Sequence[list[int]]] = []
+    ordered = [TokenSequence(ids) for ids in sorted(sequences, key=len)]
+    made: list[list[list[int]]] = []
     while (start := sum(map(len, made))) < len(ordered):
-        made.append(next_batch(ordered, start, size))
+        made.append([sequence.ids for sequence in next_batch(ordered, start, size)])
     assert sorted(s for batch in made for s in batch) == sorted(sequences)
     assert all(1 <= len(batch) <= size for batch in made)
     assert all(len(s) == len(batch[0]) for batch in made for s in batch)
@@ -561,4 +562,4 @@ def test_batches_hold_every_sequence_once(sequences: list[list[int]], size: int)
 
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        next_batch([[1]], 0, 0)
+        next_batch([TokenSequence([1])], 0, 0)

@@ -20,16 +20,16 @@ import commands
 from commands import obim_saliency, refusal, says, succeed, write_recipe, write_rows
 from mergekit_obim.calibration import passes, resume
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.calibration.data import TokenizedCalibration, next_batch, prepare
-from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.images import (
+from mergekit_obim.calibration.data import TokenizedCalibration, TokenSequence, prepare
+from mergekit_obim.calibration.data.images import (
     RowProcessor,
-    WithImages,
     placeholders,
     read_image,
     row_images,
     with_items,
 )
+from mergekit_obim.calibration.data.tokens import next_batch
+from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.saliency.file import saliency_file_name
@@ -146,13 +146,13 @@ def test_every_weight_against_gradients(name: str, tmp_path: Path) -> None:
     """Convolutions, norms and biases too; by a reference that knows neither modules nor kernels."""
     model = architecture(name).build()
     sequences = prepared(write_data(tmp_path), name=name).sequences
-    pictures = [row.inputs() if isinstance(row, WithImages) else None for row in sequences]
+    pictures = [row.image_inputs() if row.image_inputs else None for row in sequences]
     with CurvatureCapture(model, skip_logits=True) as capture:
-        for ids, images in zip(sequences, pictures, strict=True):
-            feed(model, torch.tensor([ids]), images)
+        for row, images in zip(sequences, pictures, strict=True):
+            feed(model, torch.tensor([row.ids]), images)
     with torch.enable_grad(), SquareGradients(model) as reference:
-        for ids, images in zip(sequences, pictures, strict=True):
-            feed(model, torch.tensor([ids]), images)
+        for row, images in zip(sequences, pictures, strict=True):
+            feed(model, torch.tensor([row.ids]), images)
     measured = capture.curvatures()
     assert sum("vi" in parameter for parameter in measured) > 10
     tied = capture.tied
@@ -340,8 +340,8 @@ def prepared(data: Path, **options: Any) -> TokenizedCalibration:
 
 def ids_of(folder: Path, row: dict[str, Any], **options: Any) -> list[int]:
     (sequence,) = prepared(write_rows(folder / "data.jsonl", [row]), **options).sequences
-    assert isinstance(sequence, WithImages)
-    return sequence
+    assert sequence.image_inputs
+    return sequence.ids
 
 
 def test_where_images_stand_in_text(tmp_path: Path) -> None:
@@ -398,9 +398,9 @@ def test_long_text_is_cut_and_images_are_not(tmp_path: Path) -> None:
     row = {"text": "a long text", "images": one}
     assert ids_of(tmp_path, row, max_length=7) == [IMAGE] * 4 + byte_ids("\na ")
     (sequence,) = prepared(tmp_path / "data.jsonl", max_length=7).sequences
-    assert isinstance(sequence, WithImages)
-    assert sequence.inputs()["attention_mask"].shape == (1, 7)
-    assert "input_ids" not in sequence.inputs()
+    assert sequence.image_inputs
+    assert sequence.image_inputs()["attention_mask"].shape == (1, 7)
+    assert "input_ids" not in sequence.image_inputs()
     says(_error(tmp_path, row, max_length=3), "max_length 3", "has 16 tokens")
     row = {"text": "a long text<image>", "images": one}
     says(_error(tmp_path, row, max_length=12), "max_length 12", "has 15 tokens")
@@ -408,12 +408,13 @@ def test_long_text_is_cut_and_images_are_not(tmp_path: Path) -> None:
 
 def test_packing_leaves_rows_with_images_alone(tmp_path: Path) -> None:
     sequences = prepared(write_data(tmp_path), packing=True, max_length=27).sequences
-    assert [type(sequence) for sequence in sequences] == [list, *[WithImages] * 3]
+    assert [bool(sequence.image_inputs) for sequence in sequences] == [False, *[True] * 3]
 
 
 def test_rows_with_images_are_batches_of_their_own() -> None:
-    image = WithImages([1, 2], b"", None, lambda: pytest.fail("not now"))
-    ordered = [[1, 2], [3, 4], image, image, [5, 6], [7, 8]]
+    text = TokenSequence([1, 2])
+    image = TokenSequence([1, 2], image_inputs=lambda: pytest.fail("not now"))
+    ordered = [text, text, image, image, text, text]
     starts, made = 0, []
     while starts < len(ordered):
         made.append(len(next_batch(ordered, starts, 4)))
@@ -462,7 +463,7 @@ def test_parquet_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
     rows = pyarrow.Table.from_pylist([{"text": "a", "images": [image]}, {"text": "b"}])
     pyarrow.parquet.write_table(rows, tmp_path / "data.parquet")
     sequences = prepared(tmp_path / "data.parquet").sequences
-    assert sequences == [byte_ids("b"), [IMAGE] * 4 + byte_ids("\na")]
+    assert [row.ids for row in sequences] == [byte_ids("b"), [IMAGE] * 4 + byte_ids("\na")]
     write_rows(tmp_path / "data.jsonl", [{"text": "a", "images": one}, {"text": "b"}])
     hashes = {prepared(tmp_path / f"data.{kind}").content_hash for kind in ("parquet", "jsonl")}
     assert len(hashes) == 1

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from mergekit_obim.calibration.data.tokens import TokenSequence
 from mergekit_obim.errors import CalibrationError, quoted
 
 if TYPE_CHECKING:
@@ -19,26 +20,6 @@ if TYPE_CHECKING:
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 
 COLUMN = "images"
-
-
-class WithImages(list[int]):
-    """The token ids of a row with images.
-
-    Attributes:
-        content: A hash of its images, and of how the processor is to show them.
-        template: The chat template that it was written with, if it was.
-        inputs: Makes what the model is given beside the ids.
-    """
-
-    def __init__(
-        self,
-        ids: Iterable[int],
-        content: bytes,
-        template: str | None,
-        inputs: Callable[[], BatchFeature],
-    ) -> None:
-        super().__init__(ids)
-        self.content, self.template, self.inputs = content, template, inputs
 
 
 class RowProcessor:
@@ -57,29 +38,30 @@ class RowProcessor:
         self._placeholders = {*placeholders, getattr(processor, "image_token_id", None)}
 
     def tokenize(
-        self, text: str, images: Callable[[], list[Image]], max_length: int, *, chat: bool
-    ) -> WithImages:
-        """The row's token ids, cut at ``max_length``; longer if that would cut an image.
+        self, text: str, images: Callable[[], list[Image]], max_length: int, template: str | None
+    ) -> TokenSequence:
+        """The row's token sequence, cut at ``max_length``; longer if that would cut an image.
 
         Args:
-            text: The row's, written by the chat template or not.
+            text: The row's.
             images: Reads the row's images.
             max_length: Where to cut, special tokens counted.
-            chat: Whether a chat template has put special tokens and image tokens in already.
+            template: The chat template that wrote the text, and has put special tokens and image
+                tokens in already; None if none did.
 
         Raises:
             CalibrationError: the processor does not take the row.
         """
         read = images()
         token = getattr(self.processor, "image_token", None)
-        if not chat and token and (there := text.count(token)) != len(read):
+        if template is None and token and (there := text.count(token)) != len(read):
             if there:
                 raise CalibrationError(
                     f"has {len(read)} images, but {there} image tokens ({token}) in its text; "
                     "write one for each, or none to have all images before the text"
                 )
             text = f"{token}\n" * len(read) + text  # as LLaVA has it; some want them apart
-        options: dict[str, Any] = {"add_special_tokens": not chat}
+        options: dict[str, Any] = {"add_special_tokens": template is None}
         ids = self._run(text, read, options)["input_ids"][0].tolist()
         if len(ids) > max_length:
             cut = {**options, "truncation": True, "max_length": max_length}
@@ -98,8 +80,7 @@ class RowProcessor:
             del made["input_ids"]
             return made
 
-        template = str(self.processor.chat_template) if chat else None
-        return WithImages(ids, digest.digest(), template, inputs)
+        return TokenSequence(ids, template, inputs, digest.digest())
 
     def _images_in(self, ids: list[int]) -> int:
         return sum(token in self._placeholders for token in ids)
