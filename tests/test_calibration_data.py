@@ -175,7 +175,9 @@ def test_malformed_file(
 
 def test_folder_with_a_files_name(tmp_path: Path) -> None:
     (tmp_path / "data.txt").mkdir()
-    assert "can't be read" in error_of(load_rows, source(tmp_path / "data.txt"))
+    message = error_of(load_rows, source(tmp_path / "data.txt"))
+    assert "is a folder that the datasets library can't read: No (supported) data files" in message
+    assert "name a file in it, or a folder of .jsonl, .json, .txt, .csv, .parquet files" in message
 
 
 # --- Hugging Face data sets ---------------------------------------------------------------
@@ -298,7 +300,11 @@ def test_messages_keep_what_templates_ask_for() -> None:
         ({"text": "t"}, {"column": "body"}, "has no column 'body'; it has text; name"),
         ({"text": 3}, {}, "field 'text' should be text or a list .* found 3"),
         ({"messages": ["hi"]}, {}, "field 'messages' should be"),
-        ({"messages": [{"from": "human", "value": "hi"}]}, {}, "field 'messages' should be"),
+        (
+            {"messages": [{"from": "Bob", "value": "hi"}]},
+            {},
+            "message 1 is from 'Bob', which is none",
+        ),
         ({"prompt": "p"}, {"include_completion": True}, "has no field completion"),
         ({"prompt": "p", "completion": CHAT}, {"include_completion": True}, "both be text"),
     ],

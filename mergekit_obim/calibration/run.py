@@ -469,6 +469,8 @@ def _record(
         "seed": calibration.seed,
         "packing": calibration.packing,
         "template": data.template,
+        # Only where it has a part in the measurement, so that other files stay as they are.
+        **({"date": data.date} if data.date else {}),
         "dtype": str(dtype).removeprefix("torch."),
     }
 

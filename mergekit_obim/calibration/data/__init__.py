@@ -1,6 +1,7 @@
 """Calibration data: rows of a file or data set → token sequences.
 
 ``rows``     reads files and data sets
+``conversations``  the usual forms of messages → one
 ``text``     one row → text, or messages through the chat template
 ``images``   a row's images, through the model's processor
 ``tokens``   text → token ids; packing, hashing, batches
@@ -43,6 +44,7 @@ class TokenizedCalibration:
         sources: One JSON-able mapping per source: as the recipe has it, with ``rows`` (how
             many it has) and ``sampled`` (how many were taken).
         template: sha256 of the chat template, if one was used.
+        date: The date that the chat template was told, if it asked for one.
         warnings: What the user should be told.
     """
 
@@ -51,6 +53,7 @@ class TokenizedCalibration:
     content_hash: str
     sources: list[dict[str, Any]]
     template: str | None = None
+    date: str | None = None
     warnings: list[str] = field(default_factory=list)
 
 
@@ -83,6 +86,7 @@ def prepare(
         )
     drawn: list[TokenSequence] = []
     sources = []
+    read_clock = False
     for source in calibration.sources:
         try:
             if not calibration.packing:
@@ -95,6 +99,7 @@ def prepare(
                 tokenizer,
                 find_processor,
                 max_length,
+                calibration.date,
                 cut=not calibration.packing,
             )
             found = draw(reader, calibration.seed)
@@ -110,6 +115,7 @@ def prepare(
                 f"{source.data} has images, but the model takes none: only the text is used"
             )
         drawn += found
+        read_clock |= reader.read_clock
         described = source.model_dump(exclude_none=True)
         if rows.split is not None:
             described["split"] = rows.split
@@ -136,5 +142,6 @@ def prepare(
         template=hashlib.sha256("".join(sorted(templates)).encode()).hexdigest()
         if templates
         else None,
+        date=calibration.date.isoformat() if read_clock else None,
         warnings=warnings,
     )

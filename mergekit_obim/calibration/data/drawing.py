@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import heapq
 import os
@@ -9,15 +10,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from mergekit_obim.calibration.data.images import RowProcessor, read_image, row_images, with_items
+from mergekit_obim.calibration.data.conversations import Messages
+from mergekit_obim.calibration.data.images import (
+    RowProcessor,
+    image_items,
+    placed,
+    read_image,
+    row_images,
+    with_items,
+)
 from mergekit_obim.calibration.data.rows import Rows
-from mergekit_obim.calibration.data.text import Messages, render, row_input
+from mergekit_obim.calibration.data.text import ChatWriter, Row, row_input, row_tools
 from mergekit_obim.calibration.data.tokens import TokenSequence, tokenize
 from mergekit_obim.calibration.spec import DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, PreTrainedTokenizerBase
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
 
 
 def sample_order(count: int, samples: int, seed: int) -> list[int]:
@@ -42,8 +51,10 @@ class RowReader:
         tokenizer: The expert's own.
         find_processor: Gives the expert's processor, or None if it takes no images.
         max_length: Where a sequence is cut.
+        date: What a chat template is told that asks for the date.
         cut: Whether sequences of text alone are cut; they are not where rows will be packed.
         ignores_images: Whether there were images, in rows read so far, that the model can't take.
+        read_clock: Whether a chat template has asked for the date.
     """
 
     model_label: str
@@ -52,8 +63,10 @@ class RowReader:
     tokenizer: PreTrainedTokenizerBase
     find_processor: Callable[[], RowProcessor | None]
     max_length: int
+    date: datetime.date
     cut: bool = True
     ignores_images: bool = False
+    read_clock: bool = False
 
     def where(self, index: int) -> str:
         """How a user finds a row: the file's name, and the line or row in it."""
@@ -63,21 +76,36 @@ class RowReader:
         """The token sequence of a row; None if the row is empty."""
         row = self.rows[index]
         value = row_input(row, self.source)
-        if images := row_images(row, self.source.images, value):
+        images = row_images(row, self.source.images, value)
+        if images or image_items(value):
             processor = self.find_processor()
             if processor:
                 return self._with_images(index, value, len(images), processor)
             self.ignores_images = True
+            value = value if isinstance(value, str) else placed(value, len(images))
         if not value:
             return None
-        text, template = value, None
-        if not isinstance(value, str):
-            text, template = render(value, self.tokenizer), self.tokenizer.get_chat_template()
-        assert isinstance(text, str)
+        text, template = self._text(value, row, self.tokenizer)
         if not text:
             return None
-        text.encode()  # which tells half a character
         return tokenize(text, self.tokenizer, self.max_length if self.cut else None, template)
+
+    def _text(
+        self, value: str | Messages, row: Row, chat: PreTrainedTokenizerBase | ProcessorMixin
+    ) -> tuple[str, str | None]:
+        """What a row's text is, and the chat template that wrote it, if one did.
+
+        Raises:
+            UnicodeEncodeError: The text holds half a character.
+        """
+        text, template = value, None
+        if not isinstance(value, str):
+            writer = ChatWriter(chat, self.date)
+            text, template = writer.write(value, row_tools(row))
+            self.read_clock |= writer.read_clock
+        assert isinstance(text, str)
+        text.encode()
+        return text, template
 
     def _with_images(
         self, index: int, value: str | Messages, count: int, processor: RowProcessor
@@ -87,15 +115,13 @@ class RowReader:
             folder = os.path.dirname(folder)
 
         def images() -> list[Any]:
-            found = row_images(self.rows[index], self.source.images, value)
+            row = self.rows[index]
+            found = row_images(row, self.source.images, row_input(row, self.source))
             return [read_image(image, folder) for image in found]
 
-        text, template = value, None
         if not isinstance(value, str):
-            text = render(with_items(value, count), processor.processor)
-            template = str(processor.processor.chat_template)
-        assert isinstance(text, str)
-        text.encode()
+            value = with_items(value, count)
+        text, template = self._text(value, self.rows[index], processor.processor)
         row = processor.tokenize(text, images, self.max_length, template)
         make = row.image_inputs
         assert make is not None

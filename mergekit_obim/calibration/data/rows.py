@@ -8,7 +8,8 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mergekit_obim.calibration.data.text import INPUT_FIELDS, Row, short
+from mergekit_obim.calibration.data.conversations import short
+from mergekit_obim.calibration.data.text import INPUT_FIELDS, Row
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError, one_line
 
@@ -190,28 +191,64 @@ def _read_parquet(path: str, source: DataSource) -> Rows:
 def _load_data_set(source: DataSource) -> Rows:
     import datasets
 
-    try:
-        # Without a split: `datasets` prepares all splits anyway, and then says which there are.
-        loaded = datasets.load_dataset(
-            os.path.expanduser(source.data),
-            source.config,
-            split=source.split,
-            revision=source.revision,
+    path = os.path.expanduser(source.data)
+    markers = (
+        datasets.config.DATASET_STATE_JSON_FILENAME,
+        datasets.config.DATASETDICT_JSON_FILENAME,
+    )
+    saved = any(os.path.isfile(os.path.join(path, name)) for name in markers)
+    if saved and (source.config or source.revision):
+        raise CalibrationError(
+            f"{source.data}: is a folder that save_to_disk wrote, which has neither config nor "
+            "revision: leave them out"
         )
+    try:
+        loaded: Any
+        if saved:
+            loaded = _saved_splits(datasets.load_from_disk(path))
+        else:
+            # Without a split: `datasets` prepares all splits anyway, and then says which there are.
+            loaded = datasets.load_dataset(
+                path, source.config, split=source.split, revision=source.revision
+            )
     except Exception as error:  # `datasets` raises nearly every kind
+        if os.path.isdir(path):
+            raise CalibrationError(
+                f"{source.data}: is a folder that the datasets library can't read: "
+                f"{one_line(error)}; name a file in it, or a folder of {', '.join(FILE_SUFFIXES)} "
+                "files, or one that save_to_disk wrote"
+            ) from error
         raise CalibrationError(
             f"{source.data}: is no file here and can't be loaded as a data set: {one_line(error)}"
         ) from error
     split = source.split
-    if split is None:
-        splits = list(loaded)
-        split = "train" if "train" in splits else splits[0]
-        if len(splits) > 1 and split != "train":
-            raise CalibrationError(
-                f"{source.data}: has no split 'train'; choose one with 'split:' from "
-                f"{', '.join(splits)}"
-            )
+    if saved or split is None:
+        split = _choose_split(list(loaded), source)
         loaded = loaded[split]
     if not len(loaded):
         raise CalibrationError(f"{source.data}: split {split} is empty: it has no rows")
     return Rows(loaded, split=split)
+
+
+def _saved_splits(loaded: Any) -> dict[str, Any]:
+    """The splits of what ``save_to_disk`` wrote, every column as it was before any formatting."""
+    if not isinstance(loaded, dict):
+        # As the datasets library calls what has no split.
+        loaded = {str(loaded.split or "train"): loaded}
+    return {split: data.with_format(None) for split, data in loaded.items()}
+
+
+def _choose_split(splits: list[str], source: DataSource) -> str:
+    """The split that the recipe names; else ``train``, or the only one.
+
+    Raises:
+        CalibrationError: There is none of that name, or no telling which is meant.
+    """
+    wanted = source.split or "train"
+    if wanted in splits:
+        return wanted
+    if source.split is None and len(splits) == 1:
+        return splits[0]
+    raise CalibrationError(
+        f"{source.data}: has no split {wanted!r}; choose one with 'split:' from {', '.join(splits)}"
+    )

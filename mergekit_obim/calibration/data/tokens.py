@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -61,16 +62,40 @@ def tokenize(
         template: The chat template that wrote the text. It has put special tokens in already, so
             that none are added; to other text, the tokenizer adds its own.
     """
-    # Cut by the tokenizer, which keeps a closing token such as BERT's [SEP].
-    ids = tokenizer(
-        text,
-        add_special_tokens=template is None,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        verbose=False,
-    )["input_ids"]
+    with cuts_the_end(tokenizer):
+        # Cut by the tokenizer, which keeps a closing token such as BERT's [SEP].
+        ids, again = (
+            tokenizer(
+                text,
+                add_special_tokens=template is None,
+                truncation=max_length is not None,
+                max_length=max_length,
+                padding=False,
+                verbose=False,
+            )["input_ids"]
+            for _ in range(2)
+        )
+    if ids != again:  # BPE with dropout, SentencePiece with sampling: for training a model
+        raise CalibrationError(
+            "the tokenizer makes other tokens of the same text each time; set dropout to null in "
+            "its tokenizer.json, or enable_sampling to false in its tokenizer_config.json"
+        )
     return TokenSequence([int(token) for token in ids], template)
+
+
+@contextmanager
+def cuts_the_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """Has a tokenizer cut what is too long at its end, whatever its files say.
+
+    They say ``left`` for some chat models, which then get a row's last tokens; and an expert's
+    tokenizer, which a merge may not even use, would decide what it is measured on.
+    """
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "right"
+    try:
+        yield
+    finally:
+        tokenizer.truncation_side = side
 
 
 def pack(sequences: Iterable[Sequence[int]], length: int, separator: int | None) -> list[list[int]]:
