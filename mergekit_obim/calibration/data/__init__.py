@@ -1,11 +1,12 @@
 """Calibration data: rows of a file or data set → token sequences.
 
-``rows``     reads files and data sets
+``rows``           files and data sets → rows
+``text``           one row → text, or messages
 ``conversations``  the usual forms of messages → one
-``text``     one row → text, or messages through the chat template
-``images``   a row's images, through the model's processor
-``tokens``   text → token ids; packing, hashing, batches
-``drawing``  which rows are drawn
+``template``       messages → text
+``images``         a row's images, for the model's processor
+``tokens``         text → token ids; packing, hashing, batches
+``drawing``        which rows are drawn, and what becomes of each
 
 Everything here is the same on every machine: which rows are drawn, in what order they
 stand, and how they are batched. Nothing is ever padded: a batch holds sequences of one

@@ -77,18 +77,15 @@ def read_parts(value: object) -> list[dict[str, Any]] | None:
     Raises:
         CalibrationError: One is of a type that cannot be measured.
     """
-    try:
-        found = decoded(value)
-        if isinstance(found, Mapping):
-            found = found["parts"] if isinstance(found.get("parts"), list) else [found]
-        if not isinstance(found, (list, tuple)):
-            return None
-        parts = [part for item in found if (part := _part(item)) is not None]
-        return parts if len(parts) == len(found) else None
-    except CalibrationError:
-        if isinstance(value, str):  # a JSON document that is meant as text
-            return None
-        raise
+    found = decoded(value)
+    if isinstance(found, Mapping):
+        found = found["parts"] if isinstance(found.get("parts"), list) else [found]
+    if not isinstance(found, (list, tuple)):
+        return None
+    if isinstance(value, str) and not all(_has_known_type(item) for item in found):
+        return None  # a JSON document that is meant as text
+    parts = [part for item in found if (part := _part(item)) is not None]
+    return parts if len(parts) == len(found) else None
 
 
 def decoded(value: object) -> object:
@@ -117,8 +114,9 @@ def _loaded(text: str) -> object:
 
 def _is_message(item: Mapping[str, Any], strict: bool) -> bool:
     if strict:
-        speaker = str(item.get("from")).lower()
-        return "content" in item if "role" in item else speaker in _ROLES and "value" in item
+        if isinstance(item.get("role"), str):
+            return "content" in item
+        return str(item.get("from")).lower() in _ROLES and "value" in item
     return any(isinstance(item.get(key), str) for key in ("role", "from")) and any(
         key in item for key in (*_CONTENT_KEYS, *_OTHER_KEYS)
     )
@@ -179,12 +177,18 @@ def _content(content: object, role: str, where: str) -> object:
         parts = None
     if parts is not None:
         return parts
+    if of_a_tool and isinstance(content, (list, tuple)):
+        return json.dumps(content, ensure_ascii=False)
     if isinstance(content, str) or of_a_tool:
         return content
     raise CalibrationError(
         f'{where}: its content should be a text or a list of {{"type": "text", "text": …}} parts, '
         f"found {short(content)}"
     )
+
+
+def _has_known_type(item: object) -> bool:
+    return isinstance(item, Mapping) and item.get("type") in (*_TEXT_TYPES, *_IMAGE_TYPES)
 
 
 def _part(item: object) -> dict[str, Any] | None:
