@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -176,7 +177,7 @@ def test_malformed_file(
 def test_folder_with_a_files_name(tmp_path: Path) -> None:
     (tmp_path / "data.txt").mkdir()
     message = error_of(load_rows, source(tmp_path / "data.txt"))
-    assert "is a folder that the datasets library can't read: No (supported) data files" in message
+    assert f"{tmp_path / 'data.txt'}: is a folder that the datasets library can't read: " in message
     assert "name a file in it, or a folder of .jsonl, .json, .txt, .csv, .parquet files" in message
 
 
@@ -243,6 +244,71 @@ def test_folder_through_the_real_library(tmp_path: Path, monkeypatch: pytest.Mon
     rows = load_rows(source(folder))
     assert [rows[index] for index in range(len(rows))] == ROWS
     assert rows.split == "train"
+
+
+@pytest.mark.parametrize(
+    ("splits", "asked", "taken"),
+    [
+        (["train", "test"], None, "train"),
+        (["train", "test"], "test", "test"),
+        (["validation"], None, "validation"),
+        ("train", "train", "train"),
+        ("test", None, "test"),
+        (None, None, "train"),
+        (None, "train", "train"),
+    ],
+)
+def test_folder_that_was_saved_to_disk(
+    tmp_path: Path, splits: Any, asked: str | None, taken: str
+) -> None:
+    def saved(split: str | None) -> datasets.Dataset:
+        rows = [{"text": str(split)}, {"text": "b"}]
+        # As another program left it: as tensors, of the labels alone.
+        rows = [{**row, "label": 1} for row in rows]
+        made = datasets.Dataset.from_list(rows, split=split and datasets.NamedSplit(split))
+        return made.with_format("numpy", columns=["label"])
+
+    if isinstance(splits, list):
+        whole: Any = datasets.DatasetDict({split: saved(split) for split in splits})
+    else:
+        whole = saved(splits)
+    whole.save_to_disk(tmp_path / "set.json")  # whatever it is called
+    rows = load_rows(source(tmp_path / "set.json", split=asked))
+    named = taken if splits is not None else "None"
+    assert [rows[index] for index in range(len(rows))] == [
+        {"text": named, "label": 1},
+        {"text": "b", "label": 1},
+    ]
+    assert rows.split == taken
+
+
+def test_split_that_was_not_saved_to_disk(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(a=one, b=one).save_to_disk(tmp_path / "two")
+    one.save_to_disk(tmp_path / "one")
+    for name, split, found in (("two", None, "train"), ("two", "c", "c"), ("one", "test", "test")):
+        assert error_of(load_rows, source(tmp_path / name, split=split)) == (
+            f"{tmp_path / name}: has no split '{found}'; choose one with 'split:' from "
+            + ("a, b" if name == "two" else "train")
+        )
+    message = error_of(load_rows, source(tmp_path / "one", config="main"))
+    assert message.endswith("has neither config nor revision: leave them out")
+    (tmp_path / "one/state.json").write_text("{")
+    message = error_of(prepare, calibration(tmp_path / "one"), PLAIN, "./math")
+    assert message.startswith(f"./math: {tmp_path / 'one'}: is a folder that the datasets library")
+
+
+def test_folder_of_files_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    hashes = set()
+    for name, order in (("one", "abc"), ("two", "cab")):
+        for letter in order:
+            (tmp_path / name).mkdir(exist_ok=True)
+            jsonl(tmp_path / name, [{"text": letter}], f"{letter}.jsonl")
+        hashes.add(prepare(calibration(tmp_path / name), PLAIN, "m").content_hash)
+    assert len(hashes) == 1
+    jsonl(tmp_path / "one", [{"text": "d"}], "a.jsonl")  # not what is in the cache
+    assert prepare(calibration(tmp_path / "one"), PLAIN, "m").content_hash not in hashes
 
 
 def test_local_files_write_nothing(tmp_path: Path) -> None:

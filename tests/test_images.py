@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
@@ -34,8 +35,10 @@ from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.saliency.file import saliency_file_name
 from square_gradients import SquareGradients
+from tiny_processors import CHAT_TEMPLATE as PARTS_TEMPLATE
 from tiny_processors import IMAGE, MODELS, architecture, processor, write_images
 from tiny_tokenizers import BOS, byte_ids, byte_tokenizer
+from tiny_tokenizers import CHAT_TEMPLATE as TEXT_TEMPLATE
 
 NEVER = "never used in the calibration run"
 
@@ -318,9 +321,10 @@ def test_a_text_model_is_measured_by_the_text(tmp_path: Path) -> None:
         tmp_path,
         {"merge_method": "obim", "base_model": str(tmp_path / "base"), "models": models},
     )
-    write_rows(tmp_path / "data.jsonl", [{"text": "What is this?", "images": "nowhere.png"}])
-    result = succeed(obim_saliency(recipe, tmp_path / "out"))
-    says(result.stderr, "Warning", tmp_path / "model", "has images, but the model takes none")
+    for column in ("images", "image"):
+        write_rows(tmp_path / "data.jsonl", [{"text": "What is this?", column: "nowhere.png"}])
+        result = succeed(obim_saliency(recipe, tmp_path / "out"))
+        says(result.stderr, "Warning", tmp_path / "model", "has images, but the model takes none")
     with_column = commands.entries(saliency_of(tmp_path))
     write_rows(tmp_path / "data.jsonl", [{"text": "What is this?"}])
     succeed(obim_saliency(recipe, tmp_path / "out"))  # kept: the same data
@@ -333,6 +337,8 @@ def test_a_text_model_is_measured_by_the_text(tmp_path: Path) -> None:
 def prepared(data: Path, **options: Any) -> TokenizedCalibration:
     name = options.pop("name", "llava")
     made = processor(name, add_bos=options.pop("add_bos", False), chat=True)
+    made.chat_template = options.pop("template", made.chat_template)
+    made.tokenizer.chat_template = made.chat_template
     calibration = Calibration.model_validate({"data": str(data), **options})
     known = placeholders(architecture(name).configuration())
     return prepare(calibration, made.tokenizer, "m", None, lambda: RowProcessor(made, known))
@@ -376,6 +382,92 @@ def test_where_images_stand_in_messages(tmp_path: Path) -> None:
     says(_error(tmp_path, row), "has 2 images, but its messages have 1 items of type image")
     row = {"messages": [{"role": "user", "content": [{**image, "image": one}, text]}]}
     assert ids_of(tmp_path, row) == [*begin, *picture, *byte_ids("ab"), *end]
+
+
+def test_llava_rows(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    turn = [BOS, *byte_ids("<user>")]
+    picture = [IMAGE] * 4
+    for value, wanted in [
+        ("<image>\nab", [*picture, *byte_ids("ab")]),
+        ("ab\n<image>", [*byte_ids("ab"), *picture]),
+        ("a <image> b", [*byte_ids("a "), *picture, *byte_ids(" b")]),
+        ("ab", [*picture, *byte_ids("ab")]),
+    ]:
+        row = {"image": one, "conversations": [{"from": "human", "value": value}]}
+        assert ids_of(tmp_path, row) == [*turn, *wanted, 2]
+        assert ids_of(tmp_path, {**row, "conversations": json.dumps(row["conversations"])}) == (
+            [*turn, *wanted, 2]
+        )
+
+
+def test_every_way_to_give_an_image_in_messages(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    encoded = base64.b64encode((tmp_path / one).read_bytes()).decode()
+    address = f"data:image/png;base64,{encoded}"
+    text = {"type": "text", "text": "ab"}
+    sequences = []
+    for image in (
+        {"type": "image", "image": one},
+        {"type": "image", "path": one},
+        {"type": "image", "url": one},
+        {"type": "image", "image": None, "path": str(tmp_path / one)},
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "input_image", "image_url": address},
+        {"image": one},
+    ):
+        row = {"messages": [{"role": "user", "content": [image, text]}]}
+        data = write_rows(tmp_path / "data.jsonl", [row])
+        (sequence,) = prepared(data).sequences
+        assert sequence.ids == [BOS, *byte_ids("<user>"), *[IMAGE] * 4, *byte_ids("ab"), 2]
+        sequences.append(sequence)
+    assert len({sequence.image_hash for sequence in sequences}) == 1
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}, text]}]}
+    says(_error(tmp_path, row), "has 0 images, but its messages have 1 items of type image")
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    row = {"messages": [{"role": "user", "content": [image, text]}]}
+    says(_error(tmp_path, row), "https://example.org/a.png is on the network", "download it")
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_template_for_text_gets_text(with_image: bool, tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}] * with_image + parts}]}
+    write_rows(tmp_path / "data.jsonl", [{**row, "images": [one]} if with_image else row])
+    sequences = prepared(tmp_path / "data.jsonl", template=TEXT_TEMPLATE).sequences
+    picture = [*[IMAGE] * 4, *byte_ids("\n")] * with_image
+    assert sequences[0].ids == [BOS, *byte_ids("<user>"), *picture, *byte_ids("ab"), 2]
+
+
+def test_text_is_not_lost_on_a_template_for_parts(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "ab"}]}
+    for content in ("ab", ["ab"], [{"type": "text", "text": "ab"}]):
+        row = {"messages": [{"role": "user", "content": content}]}
+        (sequence,) = prepared(write_rows(tmp_path / "data.jsonl", [row])).sequences
+        assert sequence.ids == [BOS, *byte_ids("<user>ab"), 2]
+
+
+def test_the_processors_template_has_no_clock_either(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    row = {"messages": [{"role": "user", "content": "ab"}], "images": one}
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    clock = "{{ strftime_now('%Y-%m-%d') }}"
+    result = prepared(data, template=clock + PARTS_TEMPLATE.replace("IMAGE_TOKEN", "<image>"))
+    ids = [*byte_ids("2025-01-01"), BOS, *byte_ids("<user>"), *[IMAGE] * 4, *byte_ids("ab"), 2]
+    assert result.sequences[0].ids == ids
+    assert result.date == "2025-01-01"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_with_images_is_cut_at_its_end(side: str, tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    made = processor("llava")
+    made.tokenizer.truncation_side = side
+    row = RowProcessor(made, {IMAGE}).tokenize(
+        "<image>abcd", lambda: [Image.open(tmp_path / one)], 6, None
+    )
+    assert row.ids == [*[IMAGE] * 4, *byte_ids("ab")]
 
 
 def _error(folder: Path, row: dict[str, Any], **options: Any) -> str:

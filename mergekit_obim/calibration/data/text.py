@@ -108,9 +108,10 @@ def _text(row: Row, name: str) -> str:
 
 def _text_or_messages(row: Row, name: str) -> str | Messages:
     value = row.get(name)
-    if value is None or value == [] or (isinstance(value, str) and not value.strip()):
-        return ""
     named = name in CONVERSATION_FIELDS
+    empty = ("", "[]") if named else ("",)
+    if value is None or value == [] or (isinstance(value, str) and value.strip() in empty):
+        return ""
     try:
         messages = read_conversation(value, named=named)
         if messages is not None:
