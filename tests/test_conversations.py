@@ -9,6 +9,7 @@ import locale
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pyarrow  # type: ignore[import-untyped]
 import pyarrow.parquet  # type: ignore[import-untyped]
 import pytest
@@ -405,16 +406,41 @@ def test_the_same_file_on_another_day(
     assert "date" not in kept
 
 
-def test_check_says_what_the_prepass_says(world: commands.World, tmp_path: Path) -> None:
-    rows = [{"messages": MESSAGES}, {"messages": [{"from": "Bob", "value": "hi"}]}]
-    data = write_rows(tmp_path / "data.jsonl", rows)
+@pytest.mark.parametrize("kind", ["file", "saved", "folder"])
+def test_check_says_what_the_prepass_says(
+    kind: str, world: commands.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = [{"messages": SHAREGPT}, {"messages": [{"from": "Bob", "value": "hi"}]}]
+    data = tmp_path / "data"
+    if kind == "saved":
+        datasets.Dataset.from_list(rows).save_to_disk(data)
+    else:
+        data.mkdir()
+        file = write_rows(data / "data.jsonl", rows)
+        data = file if kind == "file" else data
     models = [{"model": str(world.chat), "calibration": str(data)}]
     path = write_recipe(tmp_path, world.recipe(models=models))
     error = refusal(obim_saliency(path, tmp_path / "out")).removeprefix("Error: ")
-    says(error, world.chat, f"{data}, line 2", "is from 'Bob'")
+    says(error, world.chat, f"{data}, {'line' if kind == 'file' else 'row'} 2", "is from 'Bob'")
     checked = obim_saliency("--check", path, tmp_path / "out")
     assert checked.exit_code == 1
     says(checked.stdout, error)
+
+
+def test_a_text_model_gets_the_text_beside_the_images(tmp_path: Path) -> None:
+    content = [{"type": "image_url", "image_url": {"url": "a.png"}}, *parts("hello")]
+    for row in (
+        {"messages": [{"role": "user", "content": content}]},
+        {"messages": [{"role": "user", "content": [{"type": "image"}, "hello"]}], "images": ["a"]},
+        {"conversations": [{"from": "human", "value": "<image>\nhello"}], "image": "a.png"},
+    ):
+        for template in TEMPLATES.values():
+            assert written(tmp_path, row, template) == "<user>hello"
+        warnings = prepared(tmp_path / "data.jsonl", samples=1).warnings
+        assert warnings == [
+            f"{tmp_path / 'data.jsonl'} has images, but the model takes none: only the text is used"
+        ]
 
 
 # --- other hidden inputs ------------------------------------------------------------------

@@ -87,7 +87,7 @@ class ChatWriter:
     def _forms(self) -> list[Callable[[Any], Any]]:
         """The forms of content that the template may take, the one that it should take first."""
         if not hasattr(self._chat, "image_processor"):
-            return [_as_text, _as_parts]
+            return [_as_text, lambda content: _as_parts(content, images=False)]
         token = getattr(self._chat, "image_token", None)
         return [_as_parts] + [lambda content: _as_text(content, f"{token}\n")] * bool(token)
 
@@ -250,8 +250,12 @@ def _as_text(content: Any, image: str = "") -> Any:
     return "".join(part["text"] if part["type"] == "text" else image for part in content)
 
 
-def _as_parts(content: Any) -> Any:
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+def _as_parts(content: Any, images: bool = True) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        return content
+    return [part for part in content if images or part["type"] == "text"]
 
 
 def _with_calls(messages: Messages, known: bool) -> Messages:
