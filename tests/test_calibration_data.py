@@ -6,25 +6,19 @@ import csv
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mergekit_obim.calibration.data import (
-    ChatText,
-    content_hash,
-    load_rows,
-    next_batch,
-    pack,
-    prepare,
-    row_input,
-    sample_order,
-    tokenize,
-)
+from mergekit_obim.calibration.data import TokenizedCalibration, TokenSequence, prepare
+from mergekit_obim.calibration.data.drawing import sample_order
+from mergekit_obim.calibration.data.rows import load_rows
+from mergekit_obim.calibration.data.text import row_input
+from mergekit_obim.calibration.data.tokens import content_hash, next_batch, pack, tokenize
 from mergekit_obim.calibration.spec import Calibration, DataSource
 from mergekit_obim.errors import CalibrationError
 from tiny_tokenizers import BOS, CHAT_TEMPLATE, EOS, byte_ids, byte_tokenizer
@@ -45,6 +39,10 @@ def jsonl(folder: Path, rows: list[Any], name: str = "data.jsonl") -> Path:
     path = folder / name
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
     return path
+
+
+def ids_of(result: TokenizedCalibration) -> list[list[int]]:
+    return [sequence.ids for sequence in result.sequences]
 
 
 def error_of(call: Any, *args: Any, **kwargs: Any) -> str:
@@ -178,7 +176,9 @@ def test_malformed_file(
 
 def test_folder_with_a_files_name(tmp_path: Path) -> None:
     (tmp_path / "data.txt").mkdir()
-    assert "can't be read" in error_of(load_rows, source(tmp_path / "data.txt"))
+    message = error_of(load_rows, source(tmp_path / "data.txt"))
+    assert f"{tmp_path / 'data.txt'}: is a folder that the datasets library can't read: " in message
+    assert "name a file in it, or a folder of .jsonl, .json, .txt, .csv, .parquet files" in message
 
 
 # --- Hugging Face data sets ---------------------------------------------------------------
@@ -246,6 +246,71 @@ def test_folder_through_the_real_library(tmp_path: Path, monkeypatch: pytest.Mon
     assert rows.split == "train"
 
 
+@pytest.mark.parametrize(
+    ("splits", "asked", "taken"),
+    [
+        (["train", "test"], None, "train"),
+        (["train", "test"], "test", "test"),
+        (["validation"], None, "validation"),
+        ("train", "train", "train"),
+        ("test", None, "test"),
+        (None, None, "train"),
+        (None, "train", "train"),
+    ],
+)
+def test_folder_that_was_saved_to_disk(
+    tmp_path: Path, splits: Any, asked: str | None, taken: str
+) -> None:
+    def saved(split: str | None) -> datasets.Dataset:
+        rows = [{"text": str(split)}, {"text": "b"}]
+        # As another program left it: as tensors, of the labels alone.
+        rows = [{**row, "label": 1} for row in rows]
+        made = datasets.Dataset.from_list(rows, split=split and datasets.NamedSplit(split))
+        return made.with_format("numpy", columns=["label"])
+
+    if isinstance(splits, list):
+        whole: Any = datasets.DatasetDict({split: saved(split) for split in splits})
+    else:
+        whole = saved(splits)
+    whole.save_to_disk(tmp_path / "set.json")  # whatever it is called
+    rows = load_rows(source(tmp_path / "set.json", split=asked))
+    named = taken if splits is not None else "None"
+    assert [rows[index] for index in range(len(rows))] == [
+        {"text": named, "label": 1},
+        {"text": "b", "label": 1},
+    ]
+    assert rows.split == taken
+
+
+def test_split_that_was_not_saved_to_disk(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict(a=one, b=one).save_to_disk(tmp_path / "two")
+    one.save_to_disk(tmp_path / "one")
+    for name, split, found in (("two", None, "train"), ("two", "c", "c"), ("one", "test", "test")):
+        assert error_of(load_rows, source(tmp_path / name, split=split)) == (
+            f"{tmp_path / name}: has no split '{found}'; choose one with 'split:' from "
+            + ("a, b" if name == "two" else "train")
+        )
+    message = error_of(load_rows, source(tmp_path / "one", config="main"))
+    assert message.endswith("has neither config nor revision: leave them out")
+    (tmp_path / "one/state.json").write_text("{")
+    message = error_of(prepare, calibration(tmp_path / "one"), PLAIN, "./math")
+    assert message.startswith(f"./math: {tmp_path / 'one'}: is a folder that the datasets library")
+
+
+def test_folder_of_files_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    hashes = set()
+    for name, order in (("one", "abc"), ("two", "cab")):
+        for letter in order:
+            (tmp_path / name).mkdir(exist_ok=True)
+            jsonl(tmp_path / name, [{"text": letter}], f"{letter}.jsonl")
+        hashes.add(prepare(calibration(tmp_path / name), PLAIN, "m").content_hash)
+    assert len(hashes) == 1
+    jsonl(tmp_path / "one", [{"text": "d"}], "a.jsonl")  # not what is in the cache
+    assert prepare(calibration(tmp_path / "one"), PLAIN, "m").content_hash not in hashes
+
+
 def test_local_files_write_nothing(tmp_path: Path) -> None:
     prepare(calibration(jsonl(tmp_path, ROWS)), PLAIN, "m")
     assert [path.name for path in tmp_path.iterdir()] == ["data.jsonl"]
@@ -301,7 +366,11 @@ def test_messages_keep_what_templates_ask_for() -> None:
         ({"text": "t"}, {"column": "body"}, "has no column 'body'; it has text; name"),
         ({"text": 3}, {}, "field 'text' should be text or a list .* found 3"),
         ({"messages": ["hi"]}, {}, "field 'messages' should be"),
-        ({"messages": [{"from": "human", "value": "hi"}]}, {}, "field 'messages' should be"),
+        (
+            {"messages": [{"from": "Bob", "value": "hi"}]},
+            {},
+            "message 1 is from 'Bob', which is none",
+        ),
         ({"prompt": "p"}, {"include_completion": True}, "has no field completion"),
         ({"prompt": "p", "completion": CHAT}, {"include_completion": True}, "both be text"),
     ],
@@ -365,7 +434,7 @@ def test_more_samples_keep_the_fewer(count: int, few: int, more: int, seed: int)
 def test_sampled_rows_stand_in_their_own_order(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"text": f"{n:03}"} for n in range(200)])
     result = prepare(calibration(path, samples=20, seed=3), PLAIN, "m")
-    texts = [PLAIN.decode(ids) for ids in result.sequences]
+    texts = [PLAIN.decode(ids) for ids in ids_of(result)]
     assert texts == [f"{n:03}" for n in sorted(sample_order(200, 20, 3))]
 
 
@@ -382,7 +451,7 @@ def test_only_drawn_rows_are_looked_at(tmp_path: Path) -> None:
     rows: list[Any] = [{"bad": n} for n in range(10)]
     rows[sample_order(10, 1, 0)[0]] = {"text": "a"}
     result = prepare(calibration(jsonl(tmp_path, rows), samples=1), PLAIN, "m")
-    assert result.sequences == [byte_ids("a")]
+    assert ids_of(result) == [byte_ids("a")]
 
 
 def test_mixture(tmp_path: Path) -> None:
@@ -392,7 +461,7 @@ def test_mixture(tmp_path: Path) -> None:
         [{"data": str(one), "samples": 3}, {"data": str(tmp_path / "two.txt"), "samples": 2}]
     )
     result = prepare(mixture, PLAIN, "m")
-    assert [PLAIN.decode(ids)[0] for ids in result.sequences] == ["a"] * 3 + ["b"] * 2
+    assert [PLAIN.decode(ids)[0] for ids in ids_of(result)] == ["a"] * 3 + ["b"] * 2
     assert result.tokens == 10
     assert [(s["data"], s["rows"], s["sampled"]) for s in result.sources] == [
         (str(one), 9, 3),
@@ -405,28 +474,26 @@ def test_mixture(tmp_path: Path) -> None:
 
 
 def test_special_tokens_are_the_tokenizers_own() -> None:
-    assert tokenize(["ab"], PLAIN, 8) == [byte_ids("ab")]
-    assert tokenize(["ab"], byte_tokenizer(add_bos=True), 8) == [[BOS, *byte_ids("ab")]]
+    assert tokenize("ab", PLAIN, 8).ids == byte_ids("ab")
+    assert tokenize("ab", byte_tokenizer(add_bos=True), 8).ids == [BOS, *byte_ids("ab")]
     both = byte_tokenizer(add_bos=True, add_eos=True)
-    assert tokenize(["ab"], both, 8) == [[BOS, *byte_ids("ab"), EOS]]
+    assert tokenize("ab", both, 8).ids == [BOS, *byte_ids("ab"), EOS]
 
 
 def test_cut_keeps_the_closing_token() -> None:
     both = byte_tokenizer(add_bos=True, add_eos=True)
-    assert tokenize(["abcdef", "é"], both, 4) == [
-        [BOS, *byte_ids("ab"), EOS],
-        [BOS, *byte_ids("é"), EOS],
-    ]
-    assert tokenize(["abcdef"], PLAIN, 4) == [byte_ids("abcd")]
-    assert tokenize(["abcdef"], PLAIN, None) == [byte_ids("abcdef")]
+    assert tokenize("abcdef", both, 4).ids == [BOS, *byte_ids("ab"), EOS]
+    assert tokenize("é", both, 4).ids == [BOS, *byte_ids("é"), EOS]
+    assert tokenize("abcdef", PLAIN, 4).ids == byte_ids("abcd")
+    assert tokenize("abcdef", PLAIN, None).ids == byte_ids("abcdef")
 
 
 def test_cut_and_padding_in_the_tokenizers_file_do_not_count() -> None:
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(2)
     tokenizer.backend_tokenizer.enable_padding(length=16)
-    assert tokenize(["abcdef"], tokenizer, 4) == [byte_ids("abcd")]
-    assert tokenize(["abcdef"], tokenizer, None) == [byte_ids("abcdef")]
+    assert tokenize("abcdef", tokenizer, 4).ids == byte_ids("abcd")
+    assert tokenize("abcdef", tokenizer, None).ids == byte_ids("abcdef")
 
 
 def test_no_room_beside_the_special_tokens(tmp_path: Path) -> None:
@@ -439,7 +506,7 @@ def test_no_room_beside_the_special_tokens(tmp_path: Path) -> None:
 def test_the_models_own_limit(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"text": "a" * 50}] * 3)
     result = prepare(calibration(path, max_length=32, samples=3), PLAIN, "m", limit=16)
-    assert [len(ids) for ids in result.sequences] == [16] * 3
+    assert [len(ids) for ids in ids_of(result)] == [16] * 3
     assert result.warnings == ["max_length is 16, the longest that the model takes, instead of 32"]
     assert not prepare(calibration(path, max_length=9, samples=3), PLAIN, "m", limit=16).warnings
 
@@ -449,16 +516,16 @@ def test_chat_template_does_not_double_the_bos(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(add_bos=True, add_eos=True, chat_template=CHAT_TEMPLATE)
     result = prepare(calibration(path), tokenizer, "m")
     expected = [BOS, *byte_ids("<user>hi"), EOS, *byte_ids("<assistant>yo"), EOS]
-    assert result.sequences == [expected]
+    assert ids_of(result) == [expected]
     by_transformers = tokenizer.apply_chat_template(CHAT, tokenize=True, return_dict=False)
-    assert result.sequences == [by_transformers]
+    assert ids_of(result) == [by_transformers]
     assert result.template == hashlib.sha256(CHAT_TEMPLATE.encode()).hexdigest()
 
 
 def test_chat_and_text_in_one_mixture(tmp_path: Path) -> None:
     path = jsonl(tmp_path, [{"messages": CHAT[:1]}, {"text": "hi"}])
     tokenizer = byte_tokenizer(add_bos=True, chat_template=CHAT_TEMPLATE)
-    assert prepare(calibration(path), tokenizer, "m").sequences == [
+    assert ids_of(prepare(calibration(path), tokenizer, "m")) == [
         [BOS, *byte_ids("<user>hi"), EOS],
         [BOS, *byte_ids("hi")],
     ]
@@ -489,9 +556,11 @@ def test_saved_tokenizer_comes_back(tmp_path: Path) -> None:
 
     saved = byte_tokenizer(tmp_path, add_bos=True, chat_template=CHAT_TEMPLATE)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
-    texts = ["def f(x):\n\treturn 'é'  # \x00 \N{SNOWMAN}", ChatText("<s>hi</s>")]
-    assert tokenize(texts, loaded, 64) == tokenize(texts, saved, 64)
-    assert loaded.decode(loaded(texts[0])["input_ids"], skip_special_tokens=True) == texts[0]
+    text = "def f(x):\n\treturn 'é'  # \x00 \N{SNOWMAN}"
+    for template in (None, CHAT_TEMPLATE):
+        sequence = tokenize(f"<s>{text}</s>", loaded, 64, template)
+        assert sequence == tokenize(f"<s>{text}</s>", saved, 64, template)
+        assert sequence.ids == [BOS] * (template is None) + [BOS, *byte_ids(text), EOS]
     assert loaded.chat_template == CHAT_TEMPLATE
 
 
@@ -520,19 +589,23 @@ def test_packing_joins_whole_rows(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer(add_bos=True)
     result = prepare(calibration(path, packing=True, max_length=4), tokenizer, "m")
     stream = [BOS, *byte_ids("abcdefg"), EOS, BOS, *byte_ids("hij")]
-    assert result.sequences == [stream[0:4], stream[4:8], stream[8:12]]
+    assert ids_of(result) == [stream[0:4], stream[4:8], stream[8:12]]
     without_eos = byte_tokenizer(has_eos=False)
     result = prepare(calibration(path, packing=True, max_length=4), without_eos, "m")
-    assert result.sequences == [byte_ids("abcd"), byte_ids("efgh")]
+    assert ids_of(result) == [byte_ids("abcd"), byte_ids("efgh")]
 
 
 # --- hash and batches ---------------------------------------------------------------------
 
 
+def hash_of(sequences: list[list[int]]) -> str:
+    return content_hash(map(TokenSequence, sequences))
+
+
 def test_content_hash() -> None:
     by_hand = b"".join(number.to_bytes(8, "little") for number in [2, 1, 258, 1, 3])
-    assert content_hash([[1, 258], [3]]) == hashlib.sha256(by_hand).hexdigest()
-    hashes = {content_hash(s) for s in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]])}
+    assert hash_of([[1, 258], [3]]) == hashlib.sha256(by_hand).hexdigest()
+    hashes = {hash_of(s) for s in ([[1, 2], [3]], [[1], [2, 3]], [[3], [1, 2]], [[1, 2, 3]])}
     assert len(hashes) == 4
 
 
@@ -547,10 +620,10 @@ def test_content_hash_follows_what_is_measured(tmp_path: Path) -> None:
 
 @given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=6)), st.integers(1, 5))
 def test_batches_hold_every_sequence_once(sequences: list[list[int]], size: int) -> None:
-    ordered = sorted(sequences, key=len)
-    made: list[Sequence[list[int]]] = []
+    ordered = [TokenSequence(ids) for ids in sorted(sequences, key=len)]
+    made: list[list[list[int]]] = []
     while (start := sum(map(len, made))) < len(ordered):
-        made.append(next_batch(ordered, start, size))
+        made.append([sequence.ids for sequence in next_batch(ordered, start, size)])
     assert sorted(s for batch in made for s in batch) == sorted(sequences)
     assert all(1 <= len(batch) <= size for batch in made)
     assert all(len(s) == len(batch[0]) for batch in made for s in batch)
@@ -561,4 +634,4 @@ def test_batches_hold_every_sequence_once(sequences: list[list[int]], size: int)
 
 def test_batch_size_must_be_positive() -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        next_batch([[1]], 0, 0)
+        next_batch([TokenSequence([1])], 0, 0)

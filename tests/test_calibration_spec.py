@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Any
 
 import pytest
@@ -87,6 +88,7 @@ def test_defaults() -> None:
         "batch_size": "auto",
         "seed": 0,
         "packing": False,
+        "date": datetime.date(2025, 1, 1),
         "dtype": None,
     }
 

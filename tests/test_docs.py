@@ -48,7 +48,7 @@ from commands import (
     succeed,
     write_recipe,
 )
-from mergekit_obim.calibration.data import INPUT_FIELDS
+from mergekit_obim.calibration.data.text import INPUT_FIELDS
 from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report

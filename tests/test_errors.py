@@ -580,7 +580,7 @@ def test_calibration_data_that_cannot_be_read(
     says(refuse_prepass(one_expert(world, str(missing))), world.math, missing, "no such file")
     folder = tmp_path / "rows.jsonl"
     folder.mkdir()
-    says(refuse_prepass(one_expert(world, str(folder))), world.math, folder, "can't be read")
+    says(refuse_prepass(one_expert(world, str(folder))), world.math, folder, "can't read", "a file")
     says(
         refuse_prepass(one_expert(world, {"data": str(world.math_data), "column": "body"})),
         *(world.math, world.math_data, "'body'", "text", "column:"),
@@ -620,6 +620,10 @@ def test_recipes_that_are_none(tmp_path: Path) -> None:
         ("just a text", ["not a recipe", "mapping"]),
         ("", ["not a recipe", "mapping"]),
         ("- model: x", ["not a recipe", "mapping"]),
+        (
+            "merge_method: obim\n---\nmerge_method: slerp\n---\nmerge_method: ties\n",
+            ["a mergekit-multi recipe of 3 documents", "give each stage a file of its own"],
+        ),
     ]:
         path.write_text(text)
         says(refusal(commands.obim_saliency(path, out)), path, *words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,31 @@ def test_an_encoder_decoder_reads_the_text_on_both_sides() -> None:
     feed(model, IDS)
     assert torch.equal(seen["encoder"], IDS)
     assert torch.equal(seen["decoder"], torch.cat([torch.zeros(2, 1).long(), IDS[:, :-1]], 1))
+
+
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_float32_is_float32_whatever_the_environment_says(precision: str) -> None:
+    def settings() -> tuple[Any, ...]:
+        cudnn = torch.backends.cudnn
+        return (
+            torch.get_float32_matmul_precision(),
+            cudnn.allow_tf32,
+            cudnn.deterministic,
+            cudnn.enabled,
+        )
+
+    seen = []
+    model = ARCHITECTURES["llama"].build()
+    model.register_forward_pre_hook(lambda *_: seen.append(settings()))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        outside = settings()
+        feed(model, IDS)
+        assert settings() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [("highest", False, True, outside[-1])]
 
 
 def test_of_a_speech_model_the_decoder_runs_and_its_head() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import sys
@@ -20,22 +21,24 @@ import commands
 from commands import obim_saliency, refusal, says, succeed, write_recipe, write_rows
 from mergekit_obim.calibration import passes, resume
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.calibration.data import TokenizedCalibration, next_batch, prepare
-from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.images import (
+from mergekit_obim.calibration.data import TokenizedCalibration, TokenSequence, prepare
+from mergekit_obim.calibration.data.images import (
     RowProcessor,
-    WithImages,
     placeholders,
     read_image,
     row_images,
     with_items,
 )
+from mergekit_obim.calibration.data.tokens import next_batch
+from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.saliency.file import saliency_file_name
 from square_gradients import SquareGradients
+from tiny_processors import CHAT_TEMPLATE as PARTS_TEMPLATE
 from tiny_processors import IMAGE, MODELS, architecture, processor, write_images
 from tiny_tokenizers import BOS, byte_ids, byte_tokenizer
+from tiny_tokenizers import CHAT_TEMPLATE as TEXT_TEMPLATE
 
 NEVER = "never used in the calibration run"
 
@@ -146,13 +149,13 @@ def test_every_weight_against_gradients(name: str, tmp_path: Path) -> None:
     """Convolutions, norms and biases too; by a reference that knows neither modules nor kernels."""
     model = architecture(name).build()
     sequences = prepared(write_data(tmp_path), name=name).sequences
-    pictures = [row.inputs() if isinstance(row, WithImages) else None for row in sequences]
+    pictures = [row.image_inputs() if row.image_inputs else None for row in sequences]
     with CurvatureCapture(model, skip_logits=True) as capture:
-        for ids, images in zip(sequences, pictures, strict=True):
-            feed(model, torch.tensor([ids]), images)
+        for row, images in zip(sequences, pictures, strict=True):
+            feed(model, torch.tensor([row.ids]), images)
     with torch.enable_grad(), SquareGradients(model) as reference:
-        for ids, images in zip(sequences, pictures, strict=True):
-            feed(model, torch.tensor([ids]), images)
+        for row, images in zip(sequences, pictures, strict=True):
+            feed(model, torch.tensor([row.ids]), images)
     measured = capture.curvatures()
     assert sum("vi" in parameter for parameter in measured) > 10
     tied = capture.tied
@@ -318,9 +321,10 @@ def test_a_text_model_is_measured_by_the_text(tmp_path: Path) -> None:
         tmp_path,
         {"merge_method": "obim", "base_model": str(tmp_path / "base"), "models": models},
     )
-    write_rows(tmp_path / "data.jsonl", [{"text": "What is this?", "images": "nowhere.png"}])
-    result = succeed(obim_saliency(recipe, tmp_path / "out"))
-    says(result.stderr, "Warning", tmp_path / "model", "has images, but the model takes none")
+    for column in ("images", "image"):
+        write_rows(tmp_path / "data.jsonl", [{"text": "What is this?", column: "nowhere.png"}])
+        result = succeed(obim_saliency(recipe, tmp_path / "out"))
+        says(result.stderr, "Warning", tmp_path / "model", "has images, but the model takes none")
     with_column = commands.entries(saliency_of(tmp_path))
     write_rows(tmp_path / "data.jsonl", [{"text": "What is this?"}])
     succeed(obim_saliency(recipe, tmp_path / "out"))  # kept: the same data
@@ -333,6 +337,8 @@ def test_a_text_model_is_measured_by_the_text(tmp_path: Path) -> None:
 def prepared(data: Path, **options: Any) -> TokenizedCalibration:
     name = options.pop("name", "llava")
     made = processor(name, add_bos=options.pop("add_bos", False), chat=True)
+    made.chat_template = options.pop("template", made.chat_template)
+    made.tokenizer.chat_template = made.chat_template
     calibration = Calibration.model_validate({"data": str(data), **options})
     known = placeholders(architecture(name).configuration())
     return prepare(calibration, made.tokenizer, "m", None, lambda: RowProcessor(made, known))
@@ -340,8 +346,8 @@ def prepared(data: Path, **options: Any) -> TokenizedCalibration:
 
 def ids_of(folder: Path, row: dict[str, Any], **options: Any) -> list[int]:
     (sequence,) = prepared(write_rows(folder / "data.jsonl", [row]), **options).sequences
-    assert isinstance(sequence, WithImages)
-    return sequence
+    assert sequence.image_inputs
+    return sequence.ids
 
 
 def test_where_images_stand_in_text(tmp_path: Path) -> None:
@@ -378,6 +384,92 @@ def test_where_images_stand_in_messages(tmp_path: Path) -> None:
     assert ids_of(tmp_path, row) == [*begin, *picture, *byte_ids("ab"), *end]
 
 
+def test_llava_rows(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    turn = [BOS, *byte_ids("<user>")]
+    picture = [IMAGE] * 4
+    for value, wanted in [
+        ("<image>\nab", [*picture, *byte_ids("ab")]),
+        ("ab\n<image>", [*byte_ids("ab"), *picture]),
+        ("a <image> b", [*byte_ids("a "), *picture, *byte_ids(" b")]),
+        ("ab", [*picture, *byte_ids("ab")]),
+    ]:
+        row = {"image": one, "conversations": [{"from": "human", "value": value}]}
+        assert ids_of(tmp_path, row) == [*turn, *wanted, 2]
+        assert ids_of(tmp_path, {**row, "conversations": json.dumps(row["conversations"])}) == (
+            [*turn, *wanted, 2]
+        )
+
+
+def test_every_way_to_give_an_image_in_messages(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    encoded = base64.b64encode((tmp_path / one).read_bytes()).decode()
+    address = f"data:image/png;base64,{encoded}"
+    text = {"type": "text", "text": "ab"}
+    sequences = []
+    for image in (
+        {"type": "image", "image": one},
+        {"type": "image", "path": one},
+        {"type": "image", "url": one},
+        {"type": "image", "image": None, "path": str(tmp_path / one)},
+        {"type": "image_url", "image_url": {"url": address}},
+        {"type": "input_image", "image_url": address},
+        {"image": one},
+    ):
+        row = {"messages": [{"role": "user", "content": [image, text]}]}
+        data = write_rows(tmp_path / "data.jsonl", [row])
+        (sequence,) = prepared(data).sequences
+        assert sequence.ids == [BOS, *byte_ids("<user>"), *[IMAGE] * 4, *byte_ids("ab"), 2]
+        sequences.append(sequence)
+    assert len({sequence.image_hash for sequence in sequences}) == 1
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}, text]}]}
+    says(_error(tmp_path, row), "has 0 images, but its messages have 1 items of type image")
+    image = {"type": "image_url", "image_url": {"url": "https://example.org/a.png"}}
+    row = {"messages": [{"role": "user", "content": [image, text]}]}
+    says(_error(tmp_path, row), "https://example.org/a.png is on the network", "download it")
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_template_for_text_gets_text(with_image: bool, tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    row = {"messages": [{"role": "user", "content": [{"type": "image"}] * with_image + parts}]}
+    write_rows(tmp_path / "data.jsonl", [{**row, "images": [one]} if with_image else row])
+    sequences = prepared(tmp_path / "data.jsonl", template=TEXT_TEMPLATE).sequences
+    picture = [*[IMAGE] * 4, *byte_ids("\n")] * with_image
+    assert sequences[0].ids == [BOS, *byte_ids("<user>"), *picture, *byte_ids("ab"), 2]
+
+
+def test_text_is_not_lost_on_a_template_for_parts(tmp_path: Path) -> None:
+    row = {"messages": [{"role": "user", "content": "ab"}]}
+    for content in ("ab", ["ab"], [{"type": "text", "text": "ab"}]):
+        row = {"messages": [{"role": "user", "content": content}]}
+        (sequence,) = prepared(write_rows(tmp_path / "data.jsonl", [row])).sequences
+        assert sequence.ids == [BOS, *byte_ids("<user>ab"), 2]
+
+
+def test_the_processors_template_has_no_clock_either(tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    row = {"messages": [{"role": "user", "content": "ab"}], "images": one}
+    data = write_rows(tmp_path / "data.jsonl", [row])
+    clock = "{{ strftime_now('%Y-%m-%d') }}"
+    result = prepared(data, template=clock + PARTS_TEMPLATE.replace("IMAGE_TOKEN", "<image>"))
+    ids = [*byte_ids("2025-01-01"), BOS, *byte_ids("<user>"), *[IMAGE] * 4, *byte_ids("ab"), 2]
+    assert result.sequences[0].ids == ids
+    assert result.date == "2025-01-01"
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_text_with_images_is_cut_at_its_end(side: str, tmp_path: Path) -> None:
+    (one,) = write_images(tmp_path, 1)
+    made = processor("llava")
+    made.tokenizer.truncation_side = side
+    row = RowProcessor(made, {IMAGE}).tokenize(
+        "<image>abcd", lambda: [Image.open(tmp_path / one)], 6, None
+    )
+    assert row.ids == [*[IMAGE] * 4, *byte_ids("ab")]
+
+
 def _error(folder: Path, row: dict[str, Any], **options: Any) -> str:
     with pytest.raises(CalibrationError) as caught:
         ids_of(folder, row, **options)
@@ -398,9 +490,9 @@ def test_long_text_is_cut_and_images_are_not(tmp_path: Path) -> None:
     row = {"text": "a long text", "images": one}
     assert ids_of(tmp_path, row, max_length=7) == [IMAGE] * 4 + byte_ids("\na ")
     (sequence,) = prepared(tmp_path / "data.jsonl", max_length=7).sequences
-    assert isinstance(sequence, WithImages)
-    assert sequence.inputs()["attention_mask"].shape == (1, 7)
-    assert "input_ids" not in sequence.inputs()
+    assert sequence.image_inputs
+    assert sequence.image_inputs()["attention_mask"].shape == (1, 7)
+    assert "input_ids" not in sequence.image_inputs()
     says(_error(tmp_path, row, max_length=3), "max_length 3", "has 16 tokens")
     row = {"text": "a long text<image>", "images": one}
     says(_error(tmp_path, row, max_length=12), "max_length 12", "has 15 tokens")
@@ -408,12 +500,13 @@ def test_long_text_is_cut_and_images_are_not(tmp_path: Path) -> None:
 
 def test_packing_leaves_rows_with_images_alone(tmp_path: Path) -> None:
     sequences = prepared(write_data(tmp_path), packing=True, max_length=27).sequences
-    assert [type(sequence) for sequence in sequences] == [list, *[WithImages] * 3]
+    assert [bool(sequence.image_inputs) for sequence in sequences] == [False, *[True] * 3]
 
 
 def test_rows_with_images_are_batches_of_their_own() -> None:
-    image = WithImages([1, 2], b"", None, lambda: pytest.fail("not now"))
-    ordered = [[1, 2], [3, 4], image, image, [5, 6], [7, 8]]
+    text = TokenSequence([1, 2])
+    image = TokenSequence([1, 2], image_inputs=lambda: pytest.fail("not now"))
+    ordered = [text, text, image, image, text, text]
     starts, made = 0, []
     while starts < len(ordered):
         made.append(len(next_batch(ordered, starts, 4)))
@@ -462,7 +555,7 @@ def test_parquet_as_the_datasets_library_writes_it(tmp_path: Path) -> None:
     rows = pyarrow.Table.from_pylist([{"text": "a", "images": [image]}, {"text": "b"}])
     pyarrow.parquet.write_table(rows, tmp_path / "data.parquet")
     sequences = prepared(tmp_path / "data.parquet").sequences
-    assert sequences == [byte_ids("b"), [IMAGE] * 4 + byte_ids("\na")]
+    assert [row.ids for row in sequences] == [byte_ids("b"), [IMAGE] * 4 + byte_ids("\na")]
     write_rows(tmp_path / "data.jsonl", [{"text": "a", "images": one}, {"text": "b"}])
     hashes = {prepared(tmp_path / f"data.{kind}").content_hash for kind in ("parquet", "jsonl")}
     assert len(hashes) == 1

@@ -20,6 +20,7 @@ import commands
 from architectures import ARCHITECTURES
 from commands import MATH_ROWS, World, succeed
 from mergekit_obim.calibration import passes, resume, run
+from mergekit_obim.calibration.data import TokenSequence
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL, Checkpoint, Sums, remove_leftovers
@@ -242,7 +243,7 @@ def test_every_kind_of_sum_goes_on_to_the_same_bits(
 
     def measured(file: str) -> Any:
         return run_through(
-            model, sequences, label=name, batch_size=1,
+            model, [TokenSequence(ids) for ids in sequences], label=name, batch_size=1,
             checkpoint=Checkpoint(tmp_path / file, {"all": 1}), ranks=Ranks(), quiet=True,
         )  # fmt: skip
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
@@ -21,6 +24,30 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         ids: [sequences, tokens], int64, on the model's device; no padding.
         images: What the model's processor gives beside the ids for one row with images.
     """
+    with _full_precision():
+        _feed(model, ids, images)
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
+    """float32 is float32 for the time being, and convolutions give the same bits each time.
+
+    Otherwise the environment decides: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers
+    set, has GPUs multiply float32 with 10 bits of mantissa, and convolutions do it unasked.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    enabled = torch.backends.cudnn.enabled
+    try:
+        with torch.backends.cudnn.flags(
+            enabled=enabled, benchmark=False, deterministic=True, allow_tf32=False
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)
     takes_text = "input_ids" in named

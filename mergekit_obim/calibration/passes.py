@@ -16,9 +16,8 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
 from mergekit_obim.calibration.capture import CurvatureCapture, input_device
-from mergekit_obim.calibration.data import next_batch
+from mergekit_obim.calibration.data.tokens import TokenSequence, next_batch
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.images import WithImages
 from mergekit_obim.calibration.memory import most_tokens, out_of_memory
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
@@ -28,7 +27,7 @@ LOG = logging.getLogger("mergekit_obim")
 
 def run_through(
     model: PreTrainedModel,
-    sequences: Sequence[list[int]],
+    sequences: Sequence[TokenSequence],
     *,
     label: str,
     batch_size: int | Literal["auto"],
@@ -42,7 +41,7 @@ def run_through(
 
     Args:
         model: In eval mode.
-        sequences: Token ids, any order.
+        sequences: What to run, in any order.
         label: What to call the model.
         batch_size: Sequences per forward pass. With `auto`, as many as fit: where memory runs
             out, half as many are tried, from there on.
@@ -61,9 +60,9 @@ def run_through(
     """
     capture = CurvatureCapture(model, skip_logits=True)
     device = input_device(model)
-    ordered = ranks.share(sorted(sequences, key=len, reverse=True))
+    ordered = ranks.share(sorted(sequences, key=lambda row: len(row.ids), reverse=True))
     quiet = quiet or not ranks.first
-    total = sum(map(len, ordered))
+    total = sum(len(row.ids) for row in ordered)
     done, tokens = 0, most_tokens(model, device)
     sums, unusable = checkpoint.load()
     if sums is not None:
@@ -73,18 +72,18 @@ def run_through(
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
         tqdm.write(line, file=sys.stderr)
-    gone = sum(map(len, ordered[:done]))
+    gone = sum(len(row.ids) for row in ordered[:done])
     if done and not quiet:
         tqdm.write(f"{label}: goes on after {gone:,} tokens of an interrupted run", sys.stderr)
     with tqdm(
         total=total, initial=gone, desc=f"Measuring {label}", unit="tok", disable=quiet
     ) as progress:
         while done < len(ordered):
-            longest = len(ordered[done])
+            longest = len(ordered[done].ids)
             size = max(1, tokens // longest) if batch_size == "auto" else batch_size
             rows = next_batch(ordered, done, size)
-            ids = torch.tensor(rows, device=device)
-            images = rows[0].inputs() if isinstance(rows[0], WithImages) else None
+            ids = torch.tensor([row.ids for row in rows], device=device)
+            images = rows[0].image_inputs() if rows[0].image_inputs else None
             may_not = batch_size == "auto" and len(rows) > 1
             if not _fits(model, ids, images, capture, may_not=may_not):
                 tokens = len(rows) // 2 * longest

@@ -19,7 +19,7 @@ from transformers.utils.import_utils import is_torchvision_available
 from mergekit_obim import __version__
 from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration, prepare
-from mergekit_obim.calibration.images import RowProcessor, placeholders, require_pillow
+from mergekit_obim.calibration.data.images import RowProcessor, placeholders, require_pillow
 from mergekit_obim.calibration.loading import does_not_fit, loaded
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.options import RunOptions
@@ -348,7 +348,10 @@ def _check_vocabulary(label: str, data: TokenizedCalibration, config: Pretrained
     """An unknown token would end in an IndexError, or on a GPU in a broken device."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     # What stands for an image need be no word.
-    highest = max(set().union(*data.sequences) - placeholders(config), default=0)
+    highest = max(
+        set().union(*(sequence.ids for sequence in data.sequences)) - placeholders(config),
+        default=0,
+    )
     if vocabulary and highest >= vocabulary:
         raise CalibrationError(
             f"model {label}: its tokenizer makes token {highest} of the calibration data, but the "
@@ -370,6 +373,8 @@ def _record(
         "seed": calibration.seed,
         "packing": calibration.packing,
         "template": data.template,
+        # Only where it has a part in the measurement, so that other files stay as they are.
+        **({"date": data.date} if data.date else {}),
         "dtype": str(dtype).removeprefix("torch."),
     }
 

@@ -10,9 +10,11 @@ top-level ``calibration``, the default.
 
 from __future__ import annotations
 
+import datetime
 import difflib
 import os
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -46,17 +48,31 @@ def is_local_file(data: str) -> bool:
     file of that name. A folder is left to the ``datasets`` library, which reads folders.
     """
     path = os.path.expanduser(data)
-    return (
+    return not os.path.isdir(path) and (
         path.lower().endswith(FILE_SUFFIXES)
         or os.path.isfile(path)
-        or (path.startswith((".", "/", "\\", "~")) and not os.path.isdir(path))
+        or path.startswith((".", "/", "\\", "~"))
     )
+
+
+def is_here(data: str) -> bool:
+    """Whether ``data`` is read from this machine alone: a file, there or missing, or a folder."""
+    return is_local_file(data) or os.path.isdir(os.path.expanduser(data))
 
 
 def _batch_size(value: object) -> object:
     if value == "auto" or (type(value) is int and value >= 1):
         return value
     raise ValueError("should be a whole number of at least 1, or 'auto'")
+
+
+def _date(value: object) -> object:
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return datetime.date.fromisoformat(value)
+    if type(value) is datetime.date:  # as YAML reads one; a datetime has a time of day
+        return value
+    raise ValueError("should be a date such as 2025-01-31")
 
 
 class DataSource(BaseModel):
@@ -105,6 +121,7 @@ class Calibration(BaseModel):
         batch_size: Sequences per forward pass.
         seed: Which rows are drawn.
         packing: Join rows into full segments of ``max_length`` tokens.
+        date: The date that a chat template is told if it asks for today's.
         dtype: The forward pass's dtype; ``None`` leaves it to the run.
     """
 
@@ -115,6 +132,7 @@ class Calibration(BaseModel):
     batch_size: Annotated[int | Literal["auto"], PlainValidator(_batch_size)] = "auto"
     seed: Annotated[int, Field(strict=True)] = 0
     packing: StrictBool = False
+    date: Annotated[datetime.date, PlainValidator(_date)] = datetime.date(2025, 1, 1)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
 
     @model_validator(mode="before")

@@ -22,7 +22,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
-from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
+from mergekit_obim.calibration.spec import Expert, find_experts, is_here
 from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
 from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
@@ -130,7 +130,7 @@ def _check_calibration(
             calibration = expert.calibration
             most = sum(source.samples for source in calibration.sources) * calibration.max_length
             reference = ModelReference.model_validate(expert.reference)
-            elsewhere = [s.data for s in calibration.sources if not is_local_file(s.data)]
+            elsewhere = [s.data for s in calibration.sources if not is_here(s.data)]
             if elsewhere:
                 verdict.warnings.append(
                     f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "

@@ -287,14 +287,20 @@ def read_recipe(path: Path) -> Mapping[str, Any]:
     """A recipe as YAML has it.
 
     Raises:
-        RecipeError: It is not YAML, or no mapping.
+        RecipeError: It is not YAML, no mapping, or several.
     """
     import yaml
 
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
+    if len(documents) > 1:
+        raise RecipeError(
+            f"{path}: is a mergekit-multi recipe of {len(documents)} documents, which this command "
+            "does not read yet: give each stage a file of its own, without lines of ---"
+        )
+    recipe = documents[0] if documents else None
     if not isinstance(recipe, dict):
         raise RecipeError(
             f"{path}: not a recipe: it should be a mapping with merge_method and models"

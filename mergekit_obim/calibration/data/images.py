@@ -8,37 +8,23 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from base64 import b64decode
 from collections.abc import Callable, Iterable, Mapping
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
+from mergekit_obim.calibration.data.tokens import TokenSequence, cuts_the_end
 from mergekit_obim.errors import CalibrationError, quoted
 
 if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import BatchFeature, PretrainedConfig, ProcessorMixin
 
-COLUMN = "images"
-
-
-class WithImages(list[int]):
-    """The token ids of a row with images.
-
-    Attributes:
-        content: A hash of its images, and of how the processor is to show them.
-        template: The chat template that it was written with, if it was.
-        inputs: Makes what the model is given beside the ids.
-    """
-
-    def __init__(
-        self,
-        ids: Iterable[int],
-        content: bytes,
-        template: str | None,
-        inputs: Callable[[], BatchFeature],
-    ) -> None:
-        super().__init__(ids)
-        self.content, self.template, self.inputs = content, template, inputs
+# The fields that may hold a row's images; the first that is there and not empty does.
+COLUMNS = ("images", "image")
+# LLaVA's rows have this in the text of a message where an image goes, on a line of its own.
+_PLACEHOLDER = re.compile(r"<image>\n|\n<image>$|<image>")
 
 
 class RowProcessor:
@@ -57,29 +43,30 @@ class RowProcessor:
         self._placeholders = {*placeholders, getattr(processor, "image_token_id", None)}
 
     def tokenize(
-        self, text: str, images: Callable[[], list[Image]], max_length: int, *, chat: bool
-    ) -> WithImages:
-        """The row's token ids, cut at ``max_length``; longer if that would cut an image.
+        self, text: str, images: Callable[[], list[Image]], max_length: int, template: str | None
+    ) -> TokenSequence:
+        """The row's token sequence, cut at ``max_length``; longer if that would cut an image.
 
         Args:
-            text: The row's, written by the chat template or not.
+            text: The row's.
             images: Reads the row's images.
             max_length: Where to cut, special tokens counted.
-            chat: Whether a chat template has put special tokens and image tokens in already.
+            template: The chat template that wrote the text, and has put special tokens and image
+                tokens in already; None if none did.
 
         Raises:
             CalibrationError: the processor does not take the row.
         """
         read = images()
         token = getattr(self.processor, "image_token", None)
-        if not chat and token and (there := text.count(token)) != len(read):
+        if template is None and token and (there := text.count(token)) != len(read):
             if there:
                 raise CalibrationError(
                     f"has {len(read)} images, but {there} image tokens ({token}) in its text; "
                     "write one for each, or none to have all images before the text"
                 )
             text = f"{token}\n" * len(read) + text  # as LLaVA has it; some want them apart
-        options: dict[str, Any] = {"add_special_tokens": not chat}
+        options: dict[str, Any] = {"add_special_tokens": template is None}
         ids = self._run(text, read, options)["input_ids"][0].tolist()
         if len(ids) > max_length:
             cut = {**options, "truncation": True, "max_length": max_length}
@@ -98,17 +85,17 @@ class RowProcessor:
             del made["input_ids"]
             return made
 
-        template = str(self.processor.chat_template) if chat else None
-        return WithImages(ids, digest.digest(), template, inputs)
+        return TokenSequence(ids, template, inputs, digest.digest())
 
     def _images_in(self, ids: list[int]) -> int:
         return sum(token in self._placeholders for token in ids)
 
     def _run(self, text: str, images: list[Image], options: Mapping[str, Any]) -> BatchFeature:
         try:
-            made: BatchFeature = self.processor(
-                text=[text], images=[images], return_tensors="pt", **options
-            )
+            with cuts_the_end(self.processor.tokenizer):
+                made: BatchFeature = self.processor(
+                    text=[text], images=[images], return_tensors="pt", **options
+                )
         except Exception as error:  # each model's has errors of its own
             raise CalibrationError(
                 f"the model's processor doesn't take this row: {quoted(error)}"
@@ -132,26 +119,32 @@ def row_images(row: Mapping[str, Any], column: str | None, messages: object) -> 
         raise CalibrationError(
             f"has no column {column!r} for its images; it has {', '.join(map(str, row))}"
         )
-    value = row.get(column or COLUMN)
-    if value:
+    value = next((row[name] for name in ((column,) if column else COLUMNS) if row.get(name)), None)
+    if value is not None:
         return list(value) if isinstance(value, (list, tuple)) else [value]
+    return [item["image"] for item in image_items(messages) if item["image"] is not None]
+
+
+def image_items(messages: object) -> list[dict[str, Any]]:
+    """The parts of type image in messages; none in text."""
     if not isinstance(messages, list):
         return []
-    items = [item for message in messages for item in _items(message.get("content"))]
-    given = (item.get("image") or item.get("path") for item in items if item["type"] == "image")
-    return [image for image in given if image]
+    parts = [part for message in messages for part in _parts(message.get("content"))]
+    return [part for part in parts if part["type"] == "image"]
 
 
 def with_items(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Messages with an item for each image, as processors' chat templates want them.
+    """Messages with a part for each image, as processors' chat templates want them.
 
-    Where there are none, the images come before the first user message's text.
+    Where there are none, the images stand where ``<image>`` does in the text, if that is there as
+    often; else before the first user message's text.
 
     Raises:
         CalibrationError: there are others than the row has images.
     """
-    listed = [{**message, "content": _items(message.get("content"))} for message in messages]
-    there = sum(item["type"] == "image" for message in listed for item in message["content"])
+    listed = placed(messages, count)
+    listed = [{**message, "content": _parts(message.get("content"))} for message in listed]
+    there = len(image_items(listed))
     if not there:
         first = next((m for m in listed if m["role"] == "user"), listed[0])
         first["content"] = [{"type": "image"}] * count + first["content"]
@@ -163,21 +156,42 @@ def with_items(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any
     return listed
 
 
-def _items(content: object) -> list[dict[str, Any]]:
+def _parts(content: object) -> list[dict[str, Any]]:
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
-    items = content if isinstance(content, (list, tuple)) else []
-    # Parquet gives every item the fields of all others, as None; templates test for them.
-    known = ({k: v for k, v in item.items() if v is not None} for item in items)
-    return [{"type": "text", **item} for item in known]
+    return content if isinstance(content, list) else []
+
+
+def placed(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Messages with a part of type image for each ``<image>`` in their text.
+
+    As they are if they have such parts already, or another number of placeholders than images.
+    """
+    split = [{**m, "content": _split(_parts(m.get("content")))} for m in messages]
+    there = image_items(messages)
+    return messages if there or len(image_items(split)) != count else split
+
+
+def _split(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] != "text":
+            found.append(part)
+            continue
+        for number, text in enumerate(_PLACEHOLDER.split(part["text"])):
+            if number:
+                found.append({"type": "image", "image": None})
+            if text:
+                found.append({"type": "text", "text": text})
+    return found
 
 
 def read_image(value: object, folder: str) -> Image:
     """An image, upright and in RGB.
 
     Args:
-        value: A file's path; a file's bytes; a mapping of ``bytes`` or ``path``, as the
-            ``datasets`` library stores images; or Pillow's image.
+        value: A file's path; a file's bytes, or the same as a ``data:`` address; a mapping of
+            ``bytes`` or ``path``, as the ``datasets`` library stores images; or Pillow's image.
         folder: Where a relative path starts.
 
     Raises:
@@ -195,8 +209,15 @@ def read_image(value: object, folder: str) -> Image:
             f"{type(value).__name__}"
         )
     name = "one of its images"
+    if isinstance(value, str) and value.startswith(("http://", "https://")):
+        raise CalibrationError(
+            f"its image {value} is on the network, where it may be another one tomorrow: download "
+            "it, and give the file"
+        )
     try:
-        if isinstance(value, str):
+        if isinstance(value, str) and value.startswith("data:"):
+            value = b64decode(value.partition(",")[2])
+        elif isinstance(value, str):
             value = os.path.join(folder, os.path.expanduser(value))
             name = f"its image {value}"
             with open(value, "rb") as file:

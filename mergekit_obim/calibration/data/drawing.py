@@ -1,0 +1,180 @@
+"""Which rows are drawn, and what each one drawn becomes."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import heapq
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from mergekit_obim.calibration.data.conversations import Messages
+from mergekit_obim.calibration.data.images import (
+    RowProcessor,
+    image_items,
+    placed,
+    read_image,
+    row_images,
+    with_items,
+)
+from mergekit_obim.calibration.data.rows import Rows
+from mergekit_obim.calibration.data.template import ChatWriter
+from mergekit_obim.calibration.data.text import Row, row_input, row_tools
+from mergekit_obim.calibration.data.tokens import TokenSequence, tokenize
+from mergekit_obim.calibration.spec import DataSource, is_local_file
+from mergekit_obim.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+
+
+def sample_order(count: int, samples: int, seed: int) -> list[int]:
+    """The first ``samples`` of ``count`` row indices, in the order that the seed gives them.
+
+    The order is that of ``sha256(f"{seed}:{index}")``: the same on every machine and in any
+    language, and asking for more rows keeps the ones that fewer would give.
+    """
+    return heapq.nsmallest(
+        samples, range(count), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest()
+    )
+
+
+@dataclass
+class RowReader:
+    """Makes token sequences of the rows of one source.
+
+    Attributes:
+        model_label: What to call the expert in errors.
+        rows: The source's.
+        source: Which fields of a row are read.
+        tokenizer: The expert's own.
+        find_processor: Gives the expert's processor, or None if it takes no images.
+        max_length: Where a sequence is cut.
+        date: What a chat template is told that asks for the date.
+        cut: Whether sequences of text alone are cut; they are not where rows will be packed.
+        ignores_images: Whether there were images, in rows read so far, that the model can't take.
+        read_clock: Whether a chat template has asked for the date.
+    """
+
+    model_label: str
+    rows: Rows
+    source: DataSource
+    tokenizer: PreTrainedTokenizerBase
+    find_processor: Callable[[], RowProcessor | None]
+    max_length: int
+    date: datetime.date
+    cut: bool = True
+    ignores_images: bool = False
+    read_clock: bool = False
+
+    def where(self, index: int) -> str:
+        """How a user finds a row: the file's name, and the line or row in it."""
+        return f"{self.source.data}, {self.rows.where(index)}"
+
+    def read(self, index: int) -> TokenSequence | None:
+        """The token sequence of a row; None if the row is empty."""
+        row = self.rows[index]
+        value = row_input(row, self.source)
+        images = row_images(row, self.source.images, value)
+        if images or image_items(value):
+            processor = self.find_processor()
+            if processor:
+                return self._with_images(index, value, len(images), processor)
+            self.ignores_images = True
+            value = value if isinstance(value, str) else placed(value, len(images))
+        if not value:
+            return None
+        text, template = self._text(value, row, self.tokenizer)
+        if not text:
+            return None
+        return tokenize(text, self.tokenizer, self.max_length if self.cut else None, template)
+
+    def _text(
+        self, value: str | Messages, row: Row, chat: PreTrainedTokenizerBase | ProcessorMixin
+    ) -> tuple[str, str | None]:
+        """What a row's text is, and the chat template that wrote it, if one did.
+
+        Raises:
+            UnicodeEncodeError: The text holds half a character.
+        """
+        text, template = value, None
+        if not isinstance(value, str):
+            writer = ChatWriter(chat, self.date)
+            text, template = writer.write(value, row_tools(row))
+            self.read_clock |= writer.read_clock
+        assert isinstance(text, str)
+        text.encode()
+        return text, template
+
+    def _with_images(
+        self, index: int, value: str | Messages, count: int, processor: RowProcessor
+    ) -> TokenSequence:
+        folder = os.path.expanduser(self.source.data)
+        if is_local_file(folder):
+            folder = os.path.dirname(folder)
+
+        def images() -> list[Any]:
+            row = self.rows[index]
+            found = row_images(row, self.source.images, row_input(row, self.source))
+            return [read_image(image, folder) for image in found]
+
+        if not isinstance(value, str):
+            value = with_items(value, count)
+        text, template = self._text(value, self.rows[index], processor.processor)
+        row = processor.tokenize(text, images, self.max_length, template)
+        make = row.image_inputs
+        assert make is not None
+
+        def inputs() -> BatchFeature:
+            try:
+                return make()
+            except CalibrationError as error:  # what was there when it was tokenized has gone
+                raise CalibrationError(
+                    f"{self.model_label}: {self.where(index)}: {error.message}"
+                ) from error
+
+        return replace(row, image_inputs=inputs)
+
+
+def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
+    """The sequences of ``samples`` rows that are not empty, in the rows' own order.
+
+    Raises:
+        CalibrationError: A row can't be used, or none holds anything; naming the row.
+    """
+    rows, source = reader.rows, reader.source
+    drawn: dict[int, TokenSequence] = {}
+    looked_at = 0
+    wanted = source.samples
+    while True:
+        order = sample_order(len(rows), wanted, seed)
+        for index in order[looked_at:]:
+            try:
+                read = reader.read(index)
+            except UnicodeEncodeError as error:  # JSON can hold it, no tokenizer takes it
+                raise CalibrationError(
+                    f"{reader.where(index)}: holds half a character "
+                    f"({error.object[error.start]!a}); remove it"
+                ) from error
+            except CalibrationError as error:
+                raise CalibrationError(f"{reader.where(index)}: {error.message}") from error
+            if read is not None:
+                drawn[index] = read
+            if len(drawn) == source.samples:
+                break
+        if len(drawn) == source.samples or len(order) == len(rows):
+            break
+        looked_at, wanted = len(order), 2 * wanted  # empty rows: look further
+    if not drawn:
+        raise CalibrationError(f"{source.data}: is empty: none of its rows holds any text")
+    lengths = {index: len(row.ids) for index, row in drawn.items() if row.image_inputs is not None}
+    longest = max(lengths, key=lengths.__getitem__, default=None)
+    if longest is not None and lengths[longest] > reader.max_length:
+        raise CalibrationError(
+            f"{reader.where(longest)}: its image tokens don't fit max_length "
+            f"{reader.max_length}: with them it has {lengths[longest]} tokens, the most of "
+            "all rows; raise max_length to that, or use smaller images"
+        )
+    return [drawn[index] for index in sorted(drawn)]

@@ -1,0 +1,278 @@
+"""Messages → text, by the model's chat template, which decides how it wants them."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from mergekit_obim.calibration.data.conversations import CALL, Messages, short
+from mergekit_obim.errors import CalibrationError, one_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+
+
+class ChatWriter:
+    """Writes conversations with a model's chat template, as the template takes them.
+
+    Some templates want a message's content as text, some as a list of parts, and some print
+    whatever they are given, be it a Python list. Which it is, is found by giving them both.
+
+    Attributes:
+        read_clock: Whether the template has asked for the date.
+
+    Args:
+        chat: The model's tokenizer, or its processor, which is for rows with images.
+        date: What the template is told if it asks for the date. The clock would make the same
+            recipe another measurement tomorrow.
+    """
+
+    def __init__(self, chat: PreTrainedTokenizerBase | ProcessorMixin, date: datetime.date) -> None:
+        self.read_clock = False
+        self._chat, self._date = chat, date
+
+    def write(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, str]:
+        """The text of a conversation, special tokens and all, and the template that wrote it.
+
+        Args:
+            messages: Of role and content. A processor is given images as parts of type image; a
+                tokenizer is not given them.
+            tools: What the template is to say of tools.
+
+        Raises:
+            CalibrationError: There is no template, or it doesn't take these messages.
+        """
+        # Asked first: apply_chat_template tells a missing template by its own, longer error.
+        if not self._chat.chat_template:
+            raise CalibrationError(
+                "holds messages, but the model's tokenizer has no chat template; add one to its "
+                "folder (chat_template.jinja), or use data with prompt or text fields"
+            )
+        try:
+            template = self._template(tools)
+            calls = _with_calls(messages, "tool_calls" in template)
+
+            def apply(taken: Messages) -> str:
+                return str(
+                    self._chat.apply_chat_template(
+                        taken, tools=tools, chat_template=template, tokenize=False
+                    )
+                )
+
+            with self._stopped_clock(template):
+                taken, text = _with_values(_as_taken(calls, apply, self._forms()), apply)
+                again = apply(taken)
+        except CalibrationError:
+            raise
+        except Exception as error:  # a template is a program, with errors of its own
+            raise CalibrationError(
+                f"the chat template doesn't take these messages: {one_line(error)}"
+            ) from error
+        if text != again:
+            raise CalibrationError(
+                "the chat template writes another text each time: take what is random out of it"
+            )
+        return text, template
+
+    def _template(self, tools: list[Any] | None) -> str:
+        if hasattr(self._chat, "get_chat_template"):
+            return str(self._chat.get_chat_template(tools=tools))
+        template = self._chat.chat_template
+        return str(template["default"] if isinstance(template, dict) else template)
+
+    def _forms(self) -> list[Callable[[Any], Any]]:
+        """The forms of content that the template may take, the one that it should take first."""
+        if not hasattr(self._chat, "image_processor"):
+            return [_as_text, lambda content: _as_parts(content, images=False)]
+        token = getattr(self._chat, "image_token", None)
+        return [_as_parts] + [lambda content: _as_text(content, f"{token}\n")] * bool(token)
+
+    @contextmanager
+    def _stopped_clock(self, template: str) -> Iterator[None]:
+        # transformers gives templates a function, strftime_now, and takes no other for it. It
+        # keeps what it has compiled; this one's own names stand before the common ones.
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        def strftime_now(format: str) -> str:
+            self.read_clock = True
+            midnight = datetime.datetime.combine(self._date, datetime.time())
+            return midnight.strftime(format)
+
+        names = _compile_jinja_template(template).globals
+        names["strftime_now"] = strftime_now
+        try:
+            yield
+        finally:
+            names.pop("strftime_now", None)
+
+
+def _as_taken(
+    messages: Messages, apply: Callable[[Messages], str], forms: list[Callable[[Any], Any]]
+) -> Messages:
+    """The messages with each one's content in the first form that the template shows the text of.
+
+    What it shows is seen by a mark in the text's place. A mark that stands in the text of a list
+    or of JSON shows that the template prints what it should have read.
+
+    Raises:
+        CalibrationError: The template shows no text at all, or prints lists or JSON instead.
+    """
+    marks = {
+        number: f"obim{number}mark"
+        for number, message in enumerate(messages)
+        if isinstance(message.get("content"), (str, list)) and message["content"]
+    }
+    taken: dict[int, Any] = {}
+    printed: dict[int, str] = {}
+    failed = False
+    for form in forms:
+        marked = [
+            {**m, "content": form(_marked(m["content"], marks[n]))} if n in marks else m
+            for n, m in enumerate(messages)
+        ]
+        try:
+            text = apply(marked)
+        except Exception:  # of the form, maybe; if not, the real one will raise it too
+            failed = True
+            continue
+        for number in marks.keys() - taken.keys():
+            key = "text" if isinstance(marked[number]["content"], list) else "content"
+            mark = marks[number]
+            # Any text may end up in JSON: a tool's answers do.
+            structure = re.search(rf"""["']{key}["']\s*:\s*["']{mark}.{{0,20}}""", text)
+            if structure and messages[number].get("role") != "tool":
+                printed[number] = structure[0].replace(mark, "…")
+            elif mark in text:
+                taken[number] = form
+    for number in sorted(printed.keys() - taken.keys()):
+        raise CalibrationError(_prints(printed[number]))
+    if marks and not taken and not failed:
+        raise CalibrationError(
+            "the chat template shows nothing of these messages; use the template that the model "
+            "was trained with"
+        )
+    usual = next(iter(taken.values()), forms[0])
+    return [
+        {**m, "content": taken.get(n, usual)(m["content"])} if "content" in m else m
+        for n, m in enumerate(messages)
+    ]
+
+
+def _with_values(messages: Messages, apply: Callable[[Messages], str]) -> tuple[Messages, str]:
+    """The messages and their text, with what tools are given and give back as the template has it.
+
+    OpenAI's rows have the arguments of a call as a JSON text, which many templates would make JSON
+    of once more. Other templates want that text, and print a mapping as Python does.
+
+    Raises:
+        CalibrationError: The template prints lists, mappings or JSON either way.
+        Exception: What the template raises either way.
+    """
+    errors: list[Exception] = []
+    wrong = ""
+    for candidate in (messages, list(map(_other_values, messages))):
+        try:
+            text = apply(candidate)
+        except Exception as error:
+            errors.append(error)
+            continue
+        found = _misprinted(candidate, text)
+        if not found:
+            return candidate, text
+        wrong = wrong or found
+    raise CalibrationError(_prints(wrong)) if wrong else errors[0]
+
+
+def _other_values(message: dict[str, Any]) -> dict[str, Any]:
+    """The message with mappings in the place of JSON texts, and the reverse."""
+    if isinstance(content := message.get("content"), dict):
+        message = {**message, "content": json.dumps(content, ensure_ascii=False)}
+    calls = []
+    for call in _calls_of(message):
+        function = call.get("function", call)
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            with suppress(ValueError):
+                arguments = json.loads(arguments)
+        elif arguments is not None:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        function = {**function, "arguments": arguments}
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    calls = message.get("tool_calls")
+    calls = calls if isinstance(calls, list) else []
+    return [c for c in calls if isinstance(c, dict) and isinstance(c.get("function", c), dict)]
+
+
+def _misprinted(messages: Messages, text: str) -> str:
+    """What a text has of the messages' values as Python prints them, or as JSON in JSON."""
+    for message in messages:
+        arguments = [call.get("function", call).get("arguments") for call in _calls_of(message)]
+        for value in [message.get("content"), *arguments]:
+            # As JSON a mapping may be what the template wants, and numbers look the same.
+            as_python = str(value) if isinstance(value, (dict, list)) else ""
+            if as_python and as_python != json.dumps(value) and as_python in text:
+                return as_python
+        for value in arguments:
+            twice = json.dumps(value, ensure_ascii=False) if isinstance(value, str) else ""
+            if '\\"' in twice and twice in text:
+                return twice
+    return ""
+
+
+def _prints(found: str) -> str:
+    return (
+        f"the chat template prints messages as a Python list or JSON ({short(found)}) where it "
+        "should write their text; mend chat_template.jinja in the tokenizer's folder, or use data "
+        "with prompt or text fields"
+    )
+
+
+def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
+    """Content of the same build, with a mark for its text."""
+    if isinstance(content, str):
+        return mark
+    parts = [{**part, "text": mark} if part["type"] == "text" else part for part in content]
+    return parts if any("text" in p for p in parts) else [*parts, {"type": "text", "text": mark}]
+
+
+def _as_text(content: Any, image: str = "") -> Any:
+    """Content as one text. Parts follow each other without a gap, as templates write them."""
+    if not isinstance(content, list):
+        return content
+    return "".join(part["text"] if part["type"] == "text" else image for part in content)
+
+
+def _as_parts(content: Any, images: bool = True) -> Any:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    if not isinstance(content, list):
+        return content
+    return [part for part in content if images or part["type"] == "text"]
+
+
+def _with_calls(messages: Messages, known: bool) -> Messages:
+    """Function calls in ShareGPT's form, as the template has them; as text if it knows none."""
+    return [_call(message, known) if message["role"] == CALL else message for message in messages]
+
+
+def _call(message: dict[str, Any], known: bool) -> dict[str, Any]:
+    text = _as_text(message["content"])
+    try:
+        found = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        found = None
+    calls = found if isinstance(found, list) else [found]
+    if known and all(isinstance(call, Mapping) and "name" in call for call in calls):
+        return {
+            "role": "assistant",
+            "tool_calls": [{"type": "function", "function": call} for call in calls],
+        }
+    return {"role": "assistant", "content": text}
