@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import traceback
-from typing import IO, Any
+from dataclasses import dataclass
+from typing import IO, Any, Literal
 
 import click
 
@@ -60,6 +61,21 @@ class UnscorableError(ObimError, ArithmeticError):
 
 class QuantisedModelError(ObimError, ValueError):
     """A model whose stored numbers are not its weights."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong or unusual about a recipe's models, found before any work begins.
+
+    Attributes:
+        severity: An ``"error"`` ends every command. A ``"fault"`` is one of ``--check``: merging
+            these models would go against its purpose. A ``"warning"`` is what is unusual. The
+            pre-pass and the merge warn of both and go on: the user may know better.
+        message: One line that names the model, says what was found, and what to do.
+    """
+
+    severity: Literal["error", "fault", "warning"]
+    message: str
 
 
 def refuse_quantised(model: str, config: Any) -> None:

@@ -28,7 +28,7 @@ ROOMS = {
         *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim.errors"),
     },
     "mergekit_obim.models": {
-        *("mergekit", "torch", "transformers", "mergekit_obim.errors"),
+        *("huggingface_hub", "mergekit", "torch", "transformers", "mergekit_obim.errors"),
         *("mergekit_obim.kernels", "mergekit_obim.saliency"),
     },
     "mergekit_obim.calibration": {

@@ -29,12 +29,14 @@ from mergekit_obim.check.models import (
     absent,
     check_models,
     check_plan,
+    check_settings,
     experts_of,
     open_models,
 )
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.models.comparison import Opened, comparison_findings, warnings_of
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import read_config
 
@@ -64,6 +66,40 @@ def doubts(
         relation = relate(str(base), weights, experts)
         yield from relation.faults()
         yield from relation.doubts()
+
+
+def compare(
+    prepared: Collection[Prepared], recipe: Mapping[str, Any], options: RunOptions
+) -> list[str]:
+    """Compare the experts' configurations and tokenizers, and the base's if it is here.
+
+    Returns:
+        What does not go together, a line each.
+
+    Raises:
+        RecipeError: mergekit could not plan a merge of them at all.
+    """
+    base = None
+    if recipe.get("base_model"):
+        reference = ModelReference.model_validate(recipe["base_model"])
+        here = not absent(reference, options)
+        base = Opened(str(reference), reference, *open_model(reference, options, weights=here))
+    findings = comparison_findings(
+        base,
+        [
+            Opened(
+                one.expert.model,
+                ModelReference.model_validate(one.expert.reference),
+                one.config,
+                one.weights.loader,
+            )
+            for one in prepared
+        ],
+        aligned=bool(recipe.get("tokenizer") or recipe.get("tokenizer_source")),
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.transformers_cache,
+    )
+    return warnings_of(findings)
 
 
 def check(
@@ -102,6 +138,7 @@ def check(
         )
     models = open_models(config, options, verdict)
     check_models(config, models, verdict)
+    check_settings(config, models, options, verdict)
     missing = check_plan(config, models, out_dir, options, verdict)
     to_measure = [
         expert for expert in found.experts if out_dir is not None or _names(missing, expert.model)

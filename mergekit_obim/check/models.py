@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from mergekit_obim.calibration.run import open_model
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
 from mergekit_obim.methods.planning import finding_all
+from mergekit_obim.models.comparison import Opened, comparison_findings
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import plan
 
@@ -75,6 +75,28 @@ def experts_of(config: MergeConfiguration) -> list[ModelReference]:
     return sorted((m for m in config.referenced_models() if m != config.base_model), key=str)
 
 
+def check_settings(
+    config: MergeConfiguration,
+    models: Mapping[ModelReference, Model],
+    options: RunOptions,
+    verdict: Verdict,
+) -> None:
+    """What the models' configurations and tokenizers say of each other."""
+    opened = {
+        reference: Opened(str(reference), reference, model.config, model.weights)
+        for reference, model in models.items()
+    }
+    for finding in comparison_findings(
+        opened.get(config.base_model) if config.base_model else None,
+        [opened[reference] for reference in experts_of(config) if reference in opened],
+        aligned=config.tokenizer is not None or config.tokenizer_source is not None,
+        trust_remote_code=options.trust_remote_code,
+        cache_dir=options.transformers_cache,
+    ):
+        lines = verdict.warnings if finding.severity == "warning" else verdict.faults
+        lines.append(finding.message)
+
+
 def check_models(
     config: MergeConfiguration, models: Mapping[ModelReference, Model], verdict: Verdict
 ) -> None:
@@ -87,8 +109,8 @@ def check_models(
         model = models.get(reference)
         if model is None:
             continue
-        own, wanted = ((m.config.architectures or ["?"])[0] for m in (model, models[base]))
-        if reference.override_architecture is None and own != wanted:
+        own, wanted = ((m.config.architectures or [""])[0] for m in (model, models[base]))
+        if reference.override_architecture is None and own and wanted and own != wanted:
             verdict.faults.append(
                 f"model {reference}: is a {own}, but the base {base} a {wanted}: experts have to "
                 "be fine-tunes of the base; leave it out, or merge it with its own base"
@@ -131,8 +153,6 @@ def check_models(
                 f"model {reference}: tensor {others[0]} is {shape}, but {base_shape} in the base "
                 f"{base}{more}: it is no fine-tune of this base; set base_model to its own"
             )
-        if not aligned and not tokens:
-            verdict.warnings += _other_tokens(reference, base)
 
 
 def _integers(weights: LazyTensorLoader) -> str | None:
@@ -156,33 +176,6 @@ def _differ_in_tokens(
     if own[1:] != wanted[1:] or not own:
         return False
     return [own[0], wanted[0]] == sizes or "embed" in name or "lm_head" in name
-
-
-def _other_tokens(reference: ModelReference, base: ModelReference) -> list[str]:
-    """A line if the tokenizers give the same tokens other numbers."""
-    ids = [_token_ids(Path(m.model.path) / "tokenizer.json") for m in (reference, base)]
-    if None in ids:
-        return []
-    own, wanted = ids
-    assert own is not None
-    assert wanted is not None
-    moved = [token for token, number in own.items() if wanted.get(token, number) != number]
-    if not moved:
-        return []
-    return [
-        f"model {reference}: {len(moved)} tokens have other numbers than in the base {base}, "
-        f"{moved[0]!r} among them: add `tokenizer: {{source: base}}` to the recipe"
-    ]
-
-
-def _token_ids(path: Path) -> dict[str, int] | None:
-    try:
-        vocabulary = json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if isinstance(vocabulary, dict):
-        return vocabulary
-    return {entry[0]: number for number, entry in enumerate(vocabulary)}  # SentencePiece's unigram
 
 
 def check_plan(

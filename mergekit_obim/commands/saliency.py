@@ -201,8 +201,10 @@ def _measure(
     prepared = ranks.machine_by_machine(
         lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
     )
-    for doubt in checking.doubts(prepared, base, run_options) if ranks.first else ():
-        click.echo(f"Warning: {doubt}", err=True)
+    if ranks.first:
+        compared = checking.compare(prepared, recipe, run_options)
+        for doubt in (*compared, *checking.doubts(prepared, base, run_options)):
+            click.echo(f"Warning: {doubt}", err=True)
     for number, one in enumerate(prepared, 1):
         measured = measure(one, run_options, ranks)
         if measured is None:

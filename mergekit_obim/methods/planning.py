@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import (
     BatchOptions,
@@ -39,6 +40,7 @@ from mergekit_obim.errors import ObimError, RecipeError, refuse_quantised
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.models.comparison import Opened, comparison_findings, warnings_of
 from mergekit_obim.models.layers import layer_indices
 from mergekit_obim.models.relation import relate
 from mergekit_obim.saliency.file import SaliencyFile
@@ -301,6 +303,8 @@ def _checked_plan_module(original: Any) -> Any:
             refuse_quantised(str(model), model.config(trust_remote_code=trust))
         _check_recipe(planner._method, planner.config, definition)
         first = len(planner._tensors)
+        if not first and not _FINDINGS.get():  # the check has compared them itself
+            _compare(planner)
         original(planner, module_name, definition)
         if planner._method.reads_saliency:
             planner._tensors[first:] = _plan_tasks(planner._method, planner._tensors[first:])
@@ -308,6 +312,34 @@ def _checked_plan_module(original: Any) -> Any:
             _warn_of_strangers(planner._tensors[first:])
 
     return plan_module
+
+
+def _compare(planner: Any) -> None:
+    """Warn of models whose configurations or tokenizers do not go together."""
+    from mergekit.io.tasks import LoaderCache
+
+    config, options = planner.config, planner.options
+    families: dict[ModelReference, list[ModelReference]] = {}
+    for module in config.modules.values():
+        for part in module.slices:
+            base = part.base_model or config.base_model
+            models = (source.model for source in part.sources)
+            families.setdefault(base, []).extend(model for model in models if model != base)
+
+    def opened(model: ModelReference) -> Opened:
+        settings = model.config(trust_remote_code=options.trust_remote_code)
+        return Opened(str(model), model, settings, LoaderCache().get(model))
+
+    for base, experts in families.items():
+        findings = comparison_findings(
+            opened(base),
+            [opened(model) for model in dict.fromkeys(experts)],
+            aligned=config.tokenizer is not None or config.tokenizer_source is not None,
+            trust_remote_code=options.trust_remote_code,
+            cache_dir=options.transformers_cache,
+        )
+        for line in warnings_of(findings):
+            LOG.warning(line)
 
 
 def _check_recipe(method: PlannedMethod, config: Any, definition: Any) -> None:
@@ -536,12 +568,16 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
     """The same for mergekit-pytorch, whose outputs have their inputs' names."""
     layers = functools.lru_cache(maxsize=1)(layer_indices)
     verified: dict[tuple[ModelReference, Any], bool] = {}
+    compared: list[Any] = []
 
     @functools.wraps(original)
     def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod):
             return shared, per_input
+        if not compared or compared[0] is not config:  # it is called for every tensor
+            compared[:] = [config]
+            _compare_files(config)
         _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
         for definition in config.models:
             if definition.model == config.base_model:
@@ -574,6 +610,24 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         return shared, per_input
 
     return construct_param_dicts
+
+
+def _compare_files(config: Any) -> None:
+    """The same for mergekit-pytorch, as far as there is a model's folder around each file."""
+    opened = {}
+    for path in dict.fromkeys([config.base_model, *(entry.model for entry in config.models)]):
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        reference = ModelReference(model=ModelPath(path=str(folder)))
+        try:
+            settings = reference.config()
+        except Exception:  # it needs no configuration, so a faulty one is no fault
+            continue
+        if len(settings.architectures or ()) == 1:
+            opened[path] = Opened(path, reference, settings, None)
+    base = opened.pop(config.base_model, None)
+    for line in warnings_of(comparison_findings(base, list(opened.values()), aligned=False)):
+        # Its recipes have no tokenizer option, and what they have is ignored.
+        LOG.warning(line.replace("to the recipe", "to a recipe for mergekit-yaml"))
 
 
 def is_planned(group: TensorGroup) -> bool:
