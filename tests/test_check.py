@@ -346,9 +346,13 @@ def integers(tensors: dict[str, torch.Tensor]) -> None:
         ),
         (lambda t: t.pop(NORM), {}, (f"has no tensor {NORM}", "not complete")),
         (lambda t: t, {"architectures": ["LlamaModel"]}, ("LlamaModel", "LlamaForCausalLM")),
-        (lambda t: t, {"architectures": None}, ("?",)),
+        (lambda t: t, {"architectures": None}, ("has no `architectures`", "LlamaForCausalLM")),
+        (lambda t: t, {"hidden_act": "relu"}, ('hidden_act "relu"', "mean something else")),
     ],
-    ids=["shape", "vocabulary", "nan", "integers", "quantised", "missing", "architecture", "none"],
+    ids=[
+        *("shape", "vocabulary", "nan", "integers", "quantised", "missing", "architecture", "none"),
+        "activation",
+    ],
 )
 def test_an_expert_that_cannot_be_merged(
     world: World,
@@ -371,17 +375,134 @@ def test_a_vocabulary_that_the_recipe_aligns_is_no_fault(
     assert not faults
 
 
-@pytest.mark.skip  # TOKENS
-def test_tokens_with_other_numbers(world: World, tmp_path: Path, check: Check) -> None:
-    folder = altered(world, tmp_path / "odd", lambda tensors: None)
+def words_of(folder: Path, change: Callable[[dict[str, int]], object]) -> Path:
+    """A model whose tokenizer has its vocabulary changed in place."""
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
-    vocabulary = tokenizer["model"]["vocab"]
+    change(tokenizer["model"]["vocab"])
+    path.write_text(json.dumps(tokenizer))
+    return folder
+
+
+def two_swapped(vocabulary: dict[str, int]) -> None:
     a, b = list(vocabulary)[5:7]
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
-    path.write_text(json.dumps(tokenizer))
-    _, warnings = check(with_expert(world, folder))
-    only(warnings, folder, "2 tokens have other numbers", "tokenizer")
+
+
+def test_tokens_with_other_numbers(world: World, tmp_path: Path, check: Check) -> None:
+    folder = words_of(altered(world, tmp_path / "odd", lambda tensors: None), two_swapped)
+    faults, _ = check(with_expert(world, folder))
+    only(faults, folder, f"has number 5 in {folder}, but 6 in the base {world.base}")
+    only(faults, "number 6 in", "source: base")
+    assert check(with_expert(world, folder, tokenizer={"source": "base"})) == ([], [])
+
+
+def clashing(world: World, folder: Path) -> dict[str, Any]:
+    """A recipe with two experts that have put tokens of their own at the base's spare number."""
+    models = {}
+    for name, model in (("base", world.base), ("math", world.math), ("code", world.code)):
+        models[name] = Path(shutil.copytree(model, folder / name))
+        token = {"math": "<|im_start|>", "code": "<|tool|>"}.get(name)
+
+        def change(vocabulary: dict[str, int], token: str | None = token) -> None:
+            last = vocabulary.pop(max(vocabulary, key=vocabulary.__getitem__))
+            vocabulary |= {token: last} if token else {}
+
+        words_of(models[name], change)
+    recipe = world.recipe(base_model=str(models["base"]), parameters={"criterion": "magnitude"})
+    for entry, name in zip(recipe["models"], ("math", "code"), strict=True):
+        entry["model"] = str(models[name])
+    return recipe
+
+
+def settings_of(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def reached(monkeypatch: pytest.MonkeyPatch) -> type[Exception]:
+    """Raised where the pre-pass begins to measure."""
+
+    class ReachedError(Exception):
+        pass
+
+    def measure(*args: Any) -> Any:
+        raise ReachedError
+
+    monkeypatch.setattr(run, "measure", measure)
+    return ReachedError
+
+
+def test_all_commands_compare_tokens_and_settings_in_the_same_words(
+    world: World,
+    tmp_path: Path,
+    check: Check,
+    reached: type[Exception],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    recipe = clashing(world, tmp_path)
+    settings_of(tmp_path / "math", rms_norm_eps=0.5)
+    faults, warnings = check(recipe)
+    only(faults, "models", "number 258 is '<|tool|>' in", "but '<|im_start|>' in", "source: union")
+    only(warnings, tmp_path / "math", "rms_norm_eps 0.5 (the base's: 1e-06)")
+    said = [line.split(": ", 1)[1] for line in (*warnings, *faults)]
+    path = commands.write_recipe(tmp_path, recipe)
+    result = commands.obim_saliency(path, tmp_path / "saliency")
+    assert isinstance(result.exception, reached)
+    assert [line for line in result.stderr.splitlines() if "Warning: model" in line] == [
+        f"Warning: {line}" for line in said
+    ]
+    with caplog.at_level(logging.WARNING, logger="mergekit_obim"):
+        succeed(commands.mergekit_yaml(path, tmp_path / "merged"))
+    assert [r.message for r in caplog.records if r.name == "mergekit_obim"] == said
+
+
+def test_mergekit_pytorch_compares_the_folders_around_its_files(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = clashing(world, tmp_path)
+    settings_of(tmp_path / "math", rms_norm_eps=0.5)
+    file = "{}/model.safetensors".format
+    raw = {
+        "merge_method": "obim",
+        "base_model": file(recipe["base_model"]),
+        "models": [{"model": file(entry["model"])} for entry in recipe["models"]],
+        "parameters": {"criterion": "magnitude"},
+    }
+    path = commands.write_recipe(tmp_path, raw)
+    with caplog.at_level(logging.WARNING, logger="mergekit_obim"):
+        succeed(commands.mergekit_pytorch(path, tmp_path / "merged"))
+    [settings, tokens] = [record.message for record in caplog.records]
+    says(settings, f"model {tmp_path / 'math'}:", "rms_norm_eps 0.5")
+    says(tokens, "number 258", "`tokenizer: {source: union}` to a recipe for mergekit-yaml")
+
+
+def test_a_head_that_the_merged_config_denies(
+    world: World, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    recipe = clashing(world, tmp_path)
+    weights = checkpoints.read_checkpoint(tmp_path / "base")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "base" / "model.safetensors", metadata={"format": "pt"})
+    settings_of(tmp_path / "base", tie_word_embeddings=True)
+    path = commands.write_recipe(tmp_path, {**recipe, "tokenizer": {"source": "union"}})
+    with caplog.at_level(logging.WARNING, logger="mergekit_obim"):
+        succeed(commands.mergekit_yaml(path, tmp_path / "merged"))
+    [line] = [record.message for record in caplog.records if record.name == "mergekit_obim"]
+    says(line, "lm_head.weight of its own", "tie_word_embeddings to false in the merged config")
+    # As the line says:
+    assert "lm_head.weight" in checkpoints.read_checkpoint(tmp_path / "merged")
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+
+
+def test_the_pre_pass_refuses_a_config_that_mergekit_could_not_plan(
+    world: World, tmp_path: Path, reached: type[Exception]
+) -> None:
+    folder = altered(world, tmp_path / "odd", lambda tensors: None, architectures=None)
+    path = commands.write_recipe(tmp_path, with_expert(world, folder))
+    message = refusal(commands.obim_saliency(path, tmp_path / "out"))
+    says(message, folder, "config.json has no `architectures`", '["LlamaForCausalLM"]')
 
 
 def test_an_unusual_distance_is_only_named(world: World, tmp_path: Path, check: Check) -> None:
@@ -415,20 +536,13 @@ def test_the_pre_pass_refuses_what_the_merge_would(world: World, tmp_path: Path)
 
 
 def test_the_pre_pass_says_that_an_expert_is_the_base(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, tmp_path: Path, reached: type[Exception]
 ) -> None:
-    class ReachedError(Exception):
-        pass
-
-    def measure(*args: Any) -> Any:
-        raise ReachedError
-
-    monkeypatch.setattr(run, "measure", measure)
     shutil.copytree(world.base, tmp_path / "copy")
     recipe = with_expert(world, tmp_path / "copy")
     path = commands.write_recipe(tmp_path, recipe)
     result = commands.obim_saliency(path, tmp_path / "out")
-    assert isinstance(result.exception, ReachedError)
+    assert isinstance(result.exception, reached)
     says(result.stderr, f"Warning: model {tmp_path / 'copy'}", "is the base")
 
 

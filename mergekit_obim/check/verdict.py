@@ -35,7 +35,7 @@ class Verdict:
     def note(self, findings: Iterable[Finding]) -> None:
         """Add what was found of models."""
         for finding in findings:
-            lines = self.faults if finding.severity == "error" else self.warnings
+            lines = self.warnings if finding.severity == "warning" else self.faults
             lines.append(finding.message)
 
     def to_json(self) -> str:

@@ -98,7 +98,7 @@ class PlannedMethod(GroupMergeMethod):
             raise RecipeError(f"{self.spec.name} needs an expert beside the base {base_id}")
         if group_name is None and all(isinstance(i, ModelReference) for i in input_ids):
             # mergekit-pytorch, which opens the files next; mergekit-yaml's names have a group.
-            inspect_files([i.model.path for i in input_ids if isinstance(i, ModelReference)])
+            inspect_files([i for i in input_ids if isinstance(i, ModelReference)], base_id)
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]

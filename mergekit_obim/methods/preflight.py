@@ -12,14 +12,19 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mergekit.architecture
+from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
+from mergekit_obim.models.findings import Finding
 
 LOG = logging.getLogger("mergekit_obim")
 
@@ -47,40 +52,65 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
 
-    errors = [error.message for error in recipe_wide_faults(config)]
+    findings = [Finding("error", error.message) for error in recipe_wide_faults(config)]
+    if options.write_model_card:
+        findings += [Finding("warning", line) for line in card_doubts(config)]
     models = {}
     for reference in sorted(config.referenced_models(), key=str):
         try:
             models[reference] = open_model(reference, options)
         except ObimError as error:
-            errors.append(error.message)
-    for finding in inspect_models(
+            findings.append(Finding("error", error.message))
+    findings += inspect_models(
         models,
         config.base_model,
         options,
         aligned=is_aligned(config) or options.unsafe_truncate_embeddings,
         any_architecture=options.allow_crimes,
-    ):
-        if finding.severity == "error":
-            errors.append(finding.message)
-        else:
-            LOG.warning(finding.message)
-    if options.write_model_card:
-        for line in card_doubts(config):
-            LOG.warning(line)
-    if errors:
-        raise CheckpointError("; ".join(errors))
+    )
+    _refuse_errors(findings)
 
 
-def inspect_files(paths: Collection[str]) -> None:
+def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     """Refuse the weight files of a `mergekit-pytorch` recipe that cannot be merged.
+
+    Models are compared as far as there is a folder of a transformers model around each file.
 
     Raises:
         CheckpointError: Some cannot; the message names them all, and what to do.
     """
-    from mergekit_obim.models.opened import inspect_file
+    from mergekit_obim.models.comparison import comparison_findings
+    from mergekit_obim.models.opened import inspect_file, open_model
 
-    errors = [finding.message for path in paths for finding in inspect_file(path)]
+    paths = [model.model.path for model in models]
+    _refuse_errors(finding for path in paths for finding in inspect_file(path))
+    opened = {}
+    options = MergeOptions()
+    for path in paths:
+        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        with suppress(ObimError):  # it needs no configuration, so a faulty one is no fault
+            model = open_model(ModelReference(model=ModelPath(path=str(folder))), options)
+            if len(model.config.architectures or ()) == 1:
+                opened[path] = model
+    start = opened.pop(str(base), None)
+    findings = comparison_findings(start, list(opened.values()), aligned=False, access=options)
+    # Its recipes have no tokenizer option, and what they have is ignored.
+    _refuse_errors(
+        replace(
+            finding,
+            message=finding.message.replace("to the recipe", "to a recipe for mergekit-yaml"),
+        )
+        for finding in findings
+    )
+
+
+def _refuse_errors(findings: Iterable[Finding]) -> None:
+    errors = []
+    for finding in findings:
+        if finding.severity == "error":
+            errors.append(finding.message)
+        else:
+            LOG.warning(finding.message)
     if errors:
         raise CheckpointError("; ".join(errors))
 

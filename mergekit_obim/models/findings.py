@@ -8,14 +8,17 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Finding:
-    """One line to tell the user.
+    """One thing that is wrong or unusual about a recipe's models.
 
     Attributes:
-        severity: An ``error`` ends the command before its work begins; a ``warning`` is printed.
-        message: Names the model and the tensor or file, what was found, and the way out.
+        severity: An ``error`` ends every command before its work begins. A ``fault`` is an error
+            of ``--check``, as merging these models would go against its purpose; the pre-pass and
+            the merge only warn of it, since the user may know better. A ``warning`` is unusual.
+        message: One line that names the model and the tensor or file, says what was found, and
+            what to do.
     """
 
-    severity: Literal["error", "warning"]
+    severity: Literal["error", "fault", "warning"]
     message: str
 
 

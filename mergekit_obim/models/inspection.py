@@ -17,6 +17,7 @@ from transformers import PretrainedConfig
 
 from mergekit_obim.errors import AdapterError, ObimError
 from mergekit_obim.models.adapters import look_up
+from mergekit_obim.models.comparison import comparison_findings
 from mergekit_obim.models.completeness import completeness
 from mergekit_obim.models.findings import Finding
 from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
@@ -115,12 +116,12 @@ def inspect_models(
     """
     for reference, model in models.items():
         yield from _inspect_alone(model, access, is_base=reference == base, merging=merging)
-    if base not in models or any_architecture:
-        return
-    assert base is not None
-    for reference, model in models.items():
-        if reference != base:
-            yield from _inspect_beside(model, models[base], aligned=aligned, merging=merging)
+    start = models.get(base) if base else None
+    experts = [model for reference, model in models.items() if reference != base]
+    if start and not any_architecture:
+        for model in experts:
+            yield from _inspect_beside(model, start, aligned=aligned, merging=merging)
+    yield from comparison_findings(start, experts, aligned=aligned, access=access)
 
 
 def _inspect_alone(
@@ -138,10 +139,10 @@ def _inspect_beside(
     model: OpenModel, base: OpenModel, *, aligned: bool, merging: bool
 ) -> Iterator[Finding]:
     """Compare an expert with the base: of one architecture, and of the same shapes."""
-    own, wanted = ((m.config.architectures or ["?"])[0] for m in (model, base))
+    own, wanted = ((m.config.architectures or [""])[0] for m in (model, base))
     if own == wanted:
         yield from _compare_shapes(model, base, aligned=aligned)
-    elif model.reference.override_architecture is None:
+    elif own and wanted and model.reference.override_architecture is None:
         # The expert's saliency is the same, whichever base it is merged with later.
         yield Finding(
             "error" if merging else "warning",

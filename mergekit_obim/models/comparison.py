@@ -1,0 +1,175 @@
+"""What makes models unfit to be merged with each other, apart from their weights' values.
+
+The check, the pre-pass and the merge all ask here, and so say the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from mergekit.common import ModelPath
+
+from mergekit_obim.errors import quoted
+from mergekit_obim.models.configs import (
+    architecture_finding,
+    config_findings,
+    head_findings,
+    vocabulary_weights,
+)
+from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.opened import Access, OpenModel
+from mergekit_obim.models.tokens import Vocabulary, is_spare, read_vocabulary, token_findings
+
+# Rows to read, where two tokenizers contradict each other, to see whether it matters.
+_MOST_ROWS = 64
+
+
+def comparison_findings(
+    base: OpenModel | None,
+    experts: Sequence[OpenModel],
+    *,
+    aligned: bool,
+    access: Access,
+) -> list[Finding]:
+    """Compare the configurations and the tokenizers of models that are to be merged.
+
+    Nothing is downloaded, and of the weights only rows are read that two tokenizers disagree on.
+
+    Args:
+        base: The base; None if it is not on this machine.
+        experts: The others. They are compared with each other too.
+        aligned: Whether the recipe has ``tokenizer`` or ``tokenizer_source``, so that mergekit
+            brings vocabulary rows into one order by their tokens.
+        access: How models are read, and whether a tokenizer's own code may run.
+    """
+    # In an order that all commands have, for the same words.
+    experts = sorted(experts, key=lambda model: model.label)
+    models = [*([base] if base else []), *experts]
+    listed = [model.config.architectures or [] for model in models]
+    known = [names[0] for names in listed if len(names) == 1]
+    found = [architecture_finding(model.label, model.config, known) for model in models]
+    findings = [finding for finding in found if finding]
+    if findings:
+        return findings  # what settings mean depends on it
+    if base:
+        alike = [
+            model for model in experts if model.config.architectures == base.config.architectures
+        ]
+        for model in alike:
+            findings += config_findings(model.label, model.config, base.label, base.config)
+        stored = {model.label: model.loader.index.tensor_paths.keys() for model in (base, *alike)}
+        findings += head_findings(base.label, base.config, stored)
+    vocabularies = _Vocabularies(models, access)
+    findings += vocabularies.aligned() if aligned else vocabularies.mixed(base)
+    return findings
+
+
+class _Vocabularies:
+    """The tokens of models whose rows are to be mixed, each read once.
+
+    Args:
+        models: The base, if it is here, and the experts.
+        access: As above.
+    """
+
+    def __init__(self, models: Sequence[OpenModel], access: Access) -> None:
+        self.models = {model.label: model for model in models}
+        self._access = access
+        sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
+        self._rows = min((size for size in sizes if size), default=None)
+
+    def mixed(self, base: OpenModel | None) -> Iterator[Finding]:
+        """What is wrong if rows are mixed by their numbers."""
+        known: dict[str, Vocabulary] = {}
+        for label, model in self.models.items():
+            places = (model.reference.lora, model.reference.model)
+            try:
+                found = next(filter(None, (self._read(place) for place in places if place)), None)
+            except Exception as error:  # whatever transformers raises at broken or foreign files
+                why = f"can't be loaded: {quoted(error)}"
+                if "trust_remote_code" in str(error):
+                    why = "comes with code of its own: if you trust that, give --trust-remote-code"
+                line = f"model {label}: its tokens were not compared, as its tokenizer {why}"
+                yield Finding("warning", line)
+                continue
+            if found:
+                known[label] = found
+        findings = list(token_findings(known, base.label if base else "the base", self._differ))
+        yield from findings
+        for label, line in self._own_tokenizers():
+            if any(label in finding.message for finding in findings):
+                yield Finding("warning", line)
+
+    def aligned(self) -> Iterator[Finding]:
+        """What is wrong if mergekit aligns them by their tokens: it looks at no adapter's."""
+        for _, line in self._own_tokenizers():
+            yield Finding("warning", line)
+
+    def _own_tokenizers(self) -> Iterator[tuple[str, str]]:
+        """The adapters that have other tokens than their model: the label, and what to say."""
+        for label, model in self.models.items():
+            reference = model.reference
+            try:
+                own = self._read(reference.lora) if reference.lora else None
+                others = self._read(reference.model) if own else None
+            except Exception:  # which is told where they are compared
+                continue
+            if own and others and not all(map(is_spare, dict(own.items() - others.items()))):
+                yield (
+                    label,
+                    f"model {label}: the adapter {reference.lora} has other tokens than "
+                    f"{reference.model}, and mergekit's tokenizer option looks at the latter's "
+                    "only; merge the adapter into it, and save its tokenizer with the result",
+                )
+
+    def _read(self, place: ModelPath) -> Vocabulary | None:
+        folder = _folder(place, self._access.transformers_cache)
+        if folder is None:
+            return None
+        found = read_vocabulary(folder, trust_remote_code=self._access.trust_remote_code)
+        if found and self._rows and max(found.values()) >= self._rows:
+            # What lies beyond the rows that all have is mixed with nothing.
+            return {token: number for token, number in found.items() if number < self._rows}
+        return found
+
+    def _differ(self, one: str, other: str, numbers: Collection[int]) -> bool:
+        return _rows_differ(self.models[one], self.models[other], sorted(numbers)[:_MOST_ROWS])
+
+
+def _folder(place: ModelPath, cache_dir: str | None) -> Path | None:
+    """Where a model's files are on this machine."""
+    if Path(place.path).exists():
+        return Path(place.path)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                place.path, revision=place.revision, cache_dir=cache_dir, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # both of which the Hub's errors are
+        return None
+
+
+def _rows_differ(one: OpenModel, other: OpenModel, numbers: Sequence[int]) -> bool:
+    """Whether a vocabulary weight has other values in these rows; assumed where none is known."""
+    names = {
+        weight.name for weight in vocabulary_weights(one.config) if weight.vocabulary_axis == 0
+    }
+    if not names:
+        return True
+    both = [
+        name
+        for name in names
+        if all(name in model.loader.index.tensor_paths for model in (one, other))
+    ]
+    differ = not both
+    for name in both:
+        pair = [model.load(name) for model in (one, other)]
+        index = torch.tensor([n for n in numbers if n < min(len(tensor) for tensor in pair)])
+        differ |= not torch.equal(*(tensor[index].float() for tensor in pair))
+    for model in (one, other):
+        model.loader.flush()
+    return differ

@@ -1,0 +1,248 @@
+"""Comparing configurations: the merged model gets the base's, whatever its experts had.
+
+Two checkpoints with tensors of the same names and shapes are other models if they are to be run
+differently. mergekit writes the base's ``config.json`` (with another dtype, number of layers and
+vocabulary size where the recipe asks for them), so an expert that was trained under other settings
+runs under settings that it does not know, or its tensors are left out by those who trust the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mergekit.architecture import WeightInfo, arch_info_for_config
+from mergekit.architecture.base import ConfiguredModelArchitecture
+from transformers import PretrainedConfig
+
+from mergekit_obim.models.findings import Finding
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """Keys of configurations that decide the same thing.
+
+    Attributes:
+        keys: What such a key looks like.
+        fatal: Whether weights mean something else under another value, rather than something that
+            is a little off, more or less.
+    """
+
+    keys: re.Pattern[str]
+    fatal: bool = False
+
+
+# Most names are those of several of transformers' configurations; the first that fits counts.
+_IGNORED = re.compile(
+    r"dropout|drop_|_pdrop|init|jitter|_loss|loss_|gradient|summary|classif|freeze|fp32|mtp_|token"
+    r"|_implementation|rescale_prenorm|chunk_size"
+    r"|max_window|window_pattern"  # of which transformers makes layer_types
+)
+_SETTINGS = (
+    # rope_theta and rope_scaling before transformers 5, per kind of layer in Gemma 3
+    _Setting(re.compile(r"rope|rotary|alibi|position_embedding_type|position_encoding")),
+    _Setting(re.compile(r"(^|_)eps(ilon)?($|_)")),  # rms_norm_eps, layer_norm_epsilon
+    _Setting(
+        re.compile(r"(^|_)(act|afn|act_fn|activation(_function|_fn)?)$|^feed_forward_proj$"),
+        fatal=True,
+    ),
+    _Setting(  # num_attention_heads, num_key_value_heads, head_dim
+        re.compile(r"(^|_)heads?$|_heads_per_layer$|head_dim$|^d_kv$|^multi_query$|query_groups$"),
+        fatal=True,
+    ),
+    _Setting(  # attention_bias, mlp_bias, use_qk_norm, use_parallel_residual
+        re.compile(r"(^|_)bias$|parallel_|qk_(layer)?norm|norm_(before|after)$|(pre|post)_norm$"),
+        fatal=True,
+    ),
+    _Setting(  # num_experts_per_tok, norm_topk_prob
+        re.compile(r"per_tok(en)?$|top_?k(_|$)|_topk|moe_k$|scoring_func|n_group$|expert_group")
+    ),
+    _Setting(  # Granite's multipliers, Gemma's soft caps and query_pre_attn_scalar
+        re.compile(r"multiplier|softcap|scal(e|ing|ar)(_|$)|clip|swiglu_|alpha|_factor$|normaliz")
+    ),
+    _Setting(re.compile(r"window|layer_types|block_type|is_causal|bidirectional|attn_layer")),
+)
+# Names of one function; GELU's approximation by tanh is within 1e-3 of GELU.
+_SAME_FUNCTION = {
+    **{"swish": "silu", "gelu_python": "gelu"},
+    **dict.fromkeys(("gelu_new", "gelu_fast", "gelu_accurate"), "gelu_pytorch_tanh"),
+}
+_LONGEST = 60
+
+
+def config_findings(
+    expert: str, config: PretrainedConfig, base: str, base_config: PretrainedConfig
+) -> Iterator[Finding]:
+    """Settings under which an expert was trained, but the merged model will not run.
+
+    Args:
+        expert: The expert, for the message.
+        config: Its configuration, from ``AutoConfig``, which fills defaults in and gives old keys
+            their new names: so what two files only say differently does not differ.
+        base: The base, whose configuration the merged model gets.
+        base_config: The base's configuration, of the same architecture.
+
+    Yields:
+        One fault for what makes other weights of the expert's (an activation function, a number
+        of heads), one warning for what is a matter of degree (the positions' base frequency, a
+        norm's epsilon, a scale).
+    """
+    own, wanted = _settings(config), _settings(base_config)
+    same_kind = config.model_type == base_config.model_type
+    differing: dict[bool, list[str]] = {True: [], False: []}
+    for path in sorted(own.keys() | wanted.keys()):
+        if not same_kind and not (path in own and path in wanted):
+            continue  # the classes have other keys
+        values = own.get(path), wanted.get(path)
+        setting = _setting(path)
+        if setting is None or _same(*values):
+            continue
+        fatal = setting.fatal and not all("gelu" in str(value) for value in values)
+        shown = _shown(*values), _shown(*reversed(values))
+        differing[fatal].append(f"{path} {shown[0]} (the base's: {shown[1]})")
+    if differing[True]:
+        yield Finding(
+            "fault",
+            f"model {expert}: its config has {', '.join(differing[True])}: under the config of the "
+            f"base {base}, which the merged model gets, its weights mean something else; correct "
+            f"its config.json if that is wrong, or leave {expert} out",
+        )
+    if differing[False]:
+        yield Finding(
+            "warning",
+            f"model {expert}: its config has {', '.join(differing[False])}: the merged model gets "
+            f"the config of the base {base}, under which {expert} was not trained; try the merged "
+            f"model with either value in its config.json, or leave {expert} out",
+        )
+
+
+def architecture_finding(
+    model: str, config: PretrainedConfig, known: Collection[str]
+) -> Finding | None:
+    """An error if mergekit cannot tell from the configuration what tensors the model has.
+
+    Args:
+        model: The model, for the message.
+        config: Its configuration.
+        known: The architectures that the recipe's models name.
+    """
+    names = config.architectures or []
+    if len(names) == 1:
+        return None
+    found = f"lists {len(names)} `architectures`" if names else "has no `architectures`"
+    entry = f'"architectures": ["{next(iter(known), "…ForCausalLM")}"]'
+    return Finding(
+        "error",
+        f"model {model}: its config.json {found}, and mergekit needs one to know its tensors: "
+        f"give it {entry}" + (", as the other models have" if known else ""),
+    )
+
+
+def head_findings(
+    base: str, base_config: PretrainedConfig, stored: Mapping[str, Collection[str]]
+) -> Iterator[Finding]:
+    """Where the merged model's tensors and its ``tie_word_embeddings`` will contradict each other.
+
+    mergekit writes a head as soon as one of the models has one, and takes the others' from their
+    embeddings. What readers make of a head that the configuration says is the embeddings differs:
+    transformers uses it if its values are others, vLLM leaves it out.
+
+    Args:
+        base: The base, whose configuration the merged model gets.
+        base_config: Its configuration.
+        stored: For each model, the base included, the names of its tensors.
+    """
+    heads = [info for info in vocabulary_weights(base_config) if info.tied_names]
+    for head in heads:
+        names = {head.name, *(head.aliases or ())}
+        having = [model for model, tensors in stored.items() if not names.isdisjoint(tensors)]
+        without = [model for model in stored if model not in having]
+        if not having:
+            continue
+        if getattr(base_config, "tie_word_embeddings", False):
+            others = [model for model in having if model != base] or having
+            yield Finding(
+                "warning",
+                f"model {others[0]}: has a {head.name} of its own, so the merged model will have "
+                f"one, but its config.json, the base {base}'s, says tie_word_embeddings: true, and "
+                "some readers (vLLM) then take the embeddings for it; set tie_word_embeddings to "
+                "false in the merged config.json"
+                + (f" (and {len(others) - 1} more such models)" if others[1:] else ""),
+            )
+        elif base in having:
+            for model in without:
+                yield Finding(
+                    "warning",
+                    f"model {model}: has no {head.name}, but the base {base} has one (its config "
+                    "says tie_word_embeddings: false): the merge takes this expert's embeddings "
+                    "for its head; leave it out, or merge it with the base it was trained from",
+                )
+
+
+def vocabulary_weights(config: PretrainedConfig) -> list[WeightInfo]:
+    """The weights with a row for each token, by mergekit's definition of the architecture.
+
+    Returns:
+        Nothing for an architecture that mergekit has no definition of, and infers from tensors.
+    """
+    info = arch_info_for_config(config)
+    if info is None:
+        return []
+    model = ConfiguredModelArchitecture(info=info, config=config)
+    weights = []
+    for name in info.modules:
+        module = model.get_module(name)
+        weights += [*module.pre_weights(), *module.post_weights()]
+    return [weight for weight in weights if weight.vocabulary_axis is not None]
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any]:
+    """Dotted path -> value, of everything that is not what a missing key means."""
+    found: dict[str, Any] = {}
+
+    def walk(path: str, value: Any) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(f"{path}.{key}" if path else str(key), inner)
+        elif value is not None and value is not False and not _says_nothing(path, value):
+            value = list(value) if isinstance(value, tuple) else value
+            found[path] = _SAME_FUNCTION.get(value, value) if isinstance(value, str) else value
+
+    walk("", config.to_dict())
+    return found
+
+
+def _says_nothing(path: str, value: Any) -> bool:
+    """Whether it is as if the key was not there."""
+    # All of a head's features are rotated; rope_type says it too, under its new name.
+    return (path.endswith("rotary_factor") and value == 1) or path.endswith(".type")
+
+
+def _setting(path: str) -> _Setting | None:
+    """The setting that a path is one of, by the first key that is not a part of the model."""
+    keys = (k for k in path.split(".") if not k.endswith("_config") and not k.isdecimal())
+    key = next(keys, "")
+    if _IGNORED.search(key):
+        return None
+    return next((setting for setting in _SETTINGS if setting.keys.search(key)), None)
+
+
+def _same(own: Any, other: Any) -> bool:
+    """Whether two values mean the same, as far as that can be told from them."""
+    if isinstance(own, list) and isinstance(other, list) and len(own) != len(other):
+        return True  # an entry per layer, of models with other numbers of layers
+    if isinstance(own, int | float) and isinstance(other, int | float):
+        return math.isclose(own, other, rel_tol=1e-6)  # tools that have float32 write such
+    return bool(own == other)
+
+
+def _shown(value: Any, other: Any) -> str:
+    """A value as config.json has it, cut where it is long; it differs from the other one."""
+    text = json.dumps(value, default=str)
+    if value is None:
+        text = "false" if other is True else "not set"
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
