@@ -30,10 +30,11 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
 
 @contextmanager
 def _full_precision() -> Iterator[None]:
-    """float32 is float32 for the time being, and convolutions give the same bits each time.
+    """Makes torch compute in full float32 precision, and choose deterministic convolutions.
 
-    Otherwise the environment decides: TORCH_ALLOW_TF32_CUBLAS_OVERRIDE, which some containers
-    set, has GPUs multiply float32 with 10 bits of mantissa, and convolutions do it unasked.
+    Otherwise the environment would decide: some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,
+    which rounds float32 to 10 bits of mantissa in matrix products, and convolutions on GPUs do so
+    by default.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

@@ -42,15 +42,18 @@ _KEY = re.compile(r"""["'](?:role|from|type|input|human|user)["']\s*:""")
 
 
 def read_conversation(value: object, *, named: bool = False) -> Messages | None:
-    """The messages that a value holds; None if it is no conversation.
+    """Returns the messages that a value holds, or None if it is no conversation.
 
     Args:
-        value: What a row has: a list, a mapping, or a text with either in it.
-        named: Whether the field is called after a conversation. What another field holds is one
-            only if there is no doubt: a text can be a JSON document that is meant as text.
+        value: The value of a row's field: a list, a mapping, or a text that has one written out.
+        named: Whether the field's name says that it holds a conversation. A text in another field
+            is taken for one only if there is no doubt, since a JSON document may be meant as text.
 
     Raises:
-        CalibrationError: It is a conversation with something that cannot be measured in it.
+        CalibrationError: The conversation has something in it that cannot be measured.
+
+    >>> read_conversation('[{"from": "human", "value": "Hi"}]')
+    [{'role': 'user', 'content': 'Hi'}]
     """
     strict = isinstance(value, str) and not named
     value = decoded(value)
@@ -72,10 +75,13 @@ def read_conversation(value: object, *, named: bool = False) -> Messages | None:
 
 
 def read_parts(value: object) -> list[dict[str, Any]] | None:
-    """The parts that a value holds, each of type text or image; None if it holds none.
+    """Returns the parts that a value holds, each of type text or image, or None if it is no parts.
 
     Raises:
-        CalibrationError: One is of a type that cannot be measured.
+        CalibrationError: A part has a type that cannot be measured.
+
+    >>> read_parts(["Hi", {"type": "input_text", "text": " there"}])
+    [{'type': 'text', 'text': 'Hi'}, {'type': 'text', 'text': ' there'}]
     """
     found = decoded(value)
     if isinstance(found, Mapping):
@@ -89,7 +95,10 @@ def read_parts(value: object) -> list[dict[str, Any]] | None:
 
 
 def decoded(value: object) -> object:
-    """What a text holds, if it is a list or mapping written out as JSON, or as Python prints it."""
+    """Returns what a text has written out, as JSON or Python, if that may be messages or parts.
+
+    Any other value is returned unchanged.
+    """
     if not isinstance(value, str):
         return value
     found = _loaded(value) if is_encoded(value) else None
@@ -97,7 +106,7 @@ def decoded(value: object) -> object:
 
 
 def is_encoded(text: str) -> bool:
-    """Whether a text looks like messages or parts that were written out."""
+    """Returns whether a text looks like messages or parts that were written out."""
     ends = text.strip()[:1] + text.strip()[-1:]
     # In a JSON text within a JSON text, the inner one's quotes have a backslash before them.
     return ends in ("[]", "{}", '""') and _KEY.search(text.replace("\\", "")) is not None
@@ -123,7 +132,7 @@ def _is_message(item: Mapping[str, Any], strict: bool) -> bool:
 
 
 def _unpaired(items: list[Any]) -> list[Any]:
-    """Question and answer in one mapping, as two messages."""
+    """Makes two messages of each mapping that holds a question and its answer."""
     for keys in _PAIRS:
         if all(isinstance(item, Mapping) and item.keys() >= set(keys) for item in items):
             turns = list(zip(("user", "assistant"), keys, strict=True))
@@ -133,7 +142,7 @@ def _unpaired(items: list[Any]) -> list[Any]:
 
 
 def _by_rows(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """A mapping of lists, as the datasets library can have a list of mappings, turned back."""
+    """Turns a mapping of lists, as the datasets library may store messages, into messages."""
     columns = list(value.values())
     if columns and all(isinstance(c, list) and len(c) == len(columns[0]) for c in columns):
         return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
@@ -165,7 +174,7 @@ def _message(item: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _content(content: object, role: str, where: str) -> object:
-    """A message's text, its parts, or what a tool gave back, which may be anything."""
+    """Returns a message's text or parts. What a tool gave back may be a mapping of its own."""
     if isinstance(content, (int, float)) or (isinstance(content, str) and not is_encoded(content)):
         return content
     of_a_tool = role not in ("system", "user", "assistant")
@@ -192,7 +201,7 @@ def _has_known_type(item: object) -> bool:
 
 
 def _part(item: object) -> dict[str, Any] | None:
-    """A part as templates know them; None if the item is none."""
+    """Returns a part as chat templates know them, or None if the item is no part."""
     if isinstance(item, str):
         return {"type": "text", "text": item}
     if not isinstance(item, Mapping):
@@ -218,7 +227,7 @@ def _part(item: object) -> dict[str, Any] | None:
 
 
 def _image(part: Mapping[str, Any]) -> object:
-    """What a part says of its image: a path, an address, its bytes; None if it is elsewhere."""
+    """Returns what a part says of its image (a path, an address, bytes), None if nothing."""
     value = next(
         (part[key] for key in ("image", "path", "url", "image_url") if part.get(key)), None
     )
@@ -228,6 +237,6 @@ def _image(part: Mapping[str, Any]) -> object:
 
 
 def short(value: object) -> str:
-    """A value as Python writes it, cut where it is long, for an error to quote."""
+    """Returns a value as Python prints it, cut where it is long, for an error to quote."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def sample_order(count: int, samples: int, seed: int) -> list[int]:
-    """The first ``samples`` of ``count`` row indices, in the order that the seed gives them.
+    """Returns the first ``samples`` of ``count`` row indices in the order that the seed gives.
 
     The order is that of ``sha256(f"{seed}:{index}")``: the same on every machine and in any
     language, and asking for more rows keeps the ones that fewer would give.
@@ -70,11 +70,16 @@ class RowReader:
     read_clock: bool = False
 
     def where(self, index: int) -> str:
-        """How a user finds a row: the file's name, and the line or row in it."""
+        """Returns how a user finds a row: the file's name, and the line or row in it."""
         return f"{self.source.data}, {self.rows.where(index)}"
 
     def read(self, index: int) -> TokenSequence | None:
-        """The token sequence of a row; None if the row is empty."""
+        """Returns the token sequence of a row, or None if the row is empty.
+
+        Raises:
+            CalibrationError: The row cannot be used; the message does not name it yet.
+            UnicodeEncodeError: The row holds half a character.
+        """
         row = self.rows[index]
         value = row_input(row, self.source)
         images = row_images(row, self.source.images, value)
@@ -94,18 +99,14 @@ class RowReader:
     def _text(
         self, value: str | Messages, row: Row, chat: PreTrainedTokenizerBase | ProcessorMixin
     ) -> tuple[str, str | None]:
-        """What a row's text is, and the chat template that wrote it, if one did.
-
-        Raises:
-            UnicodeEncodeError: The text holds half a character.
-        """
+        """Returns a row's text, and the chat template that wrote it, if one did."""
         text, template = value, None
         if not isinstance(value, str):
             writer = ChatWriter(chat, self.date)
             text, template = writer.write(value, row_tools(row))
             self.read_clock |= writer.read_clock
         assert isinstance(text, str)
-        text.encode()
+        text.encode()  # JSON can hold half a character, which no tokenizer takes
         return text, template
 
     def _with_images(
@@ -139,10 +140,12 @@ class RowReader:
 
 
 def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
-    """The sequences of ``samples`` rows that are not empty, in the rows' own order.
+    """Returns the sequences of the rows that the seed draws, in the rows' own order.
+
+    Empty rows do not count: others are drawn in their place, as long as there are any.
 
     Raises:
-        CalibrationError: A row can't be used, or none holds anything; naming the row.
+        CalibrationError: A row cannot be used, which the message names, or all rows are empty.
     """
     rows, source = reader.rows, reader.source
     drawn: dict[int, TokenSequence] = {}

@@ -1,12 +1,14 @@
-"""Calibration rows with images: the model's processor makes the inputs, of text and images at once.
+"""Calibration rows with images: the model's processor turns text and images into inputs together.
 
-A row with images runs alone, since what it brings beside its tokens has a shape of its own. Its
-pixels are made when the row is looked at, for its tokens, and again when it runs.
+A row with images runs alone, because what it brings beside its tokens has a shape of its own. Its
+pixels are computed twice, once to count the row's tokens and once when it runs, so that no row's
+pixels wait in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from base64 import b64decode
@@ -28,13 +30,13 @@ _PLACEHOLDER = re.compile(r"<image>\n|\n<image>$|<image>")
 
 
 class RowProcessor:
-    """A model's processor, for one row at a time.
+    """A model's processor, used on one row at a time.
 
     Attributes:
-        processor: transformers', with an image processor and a tokenizer.
+        processor: The processor of transformers, with an image processor and a tokenizer.
 
     Args:
-        processor: The same.
+        processor: The processor of transformers.
         placeholders: The token ids that stand for images in the model's input.
     """
 
@@ -45,17 +47,17 @@ class RowProcessor:
     def tokenize(
         self, text: str, images: Callable[[], list[Image]], max_length: int, template: str | None
     ) -> TokenSequence:
-        """The row's token sequence, cut at ``max_length``; longer if that would cut an image.
+        """Returns the row's token sequence, cut at ``max_length`` unless that would cut an image.
 
         Args:
-            text: The row's.
-            images: Reads the row's images.
+            text: The text of the row.
+            images: Reads the images of the row.
             max_length: Where to cut, special tokens counted.
             template: The chat template that wrote the text, and has put special tokens and image
                 tokens in already; None if none did.
 
         Raises:
-            CalibrationError: the processor does not take the row.
+            CalibrationError: The processor does not take the row.
         """
         read = images()
         token = getattr(self.processor, "image_token", None)
@@ -104,16 +106,16 @@ class RowProcessor:
 
 
 def placeholders(config: PretrainedConfig) -> set[int]:
-    """The token ids that stand for images in a model's input."""
+    """Returns the token ids that stand for images in a model's input."""
     known = (getattr(config, name, None) for name in ("image_token_id", "image_token_index"))
     return {token for token in known if token is not None}
 
 
 def row_images(row: Mapping[str, Any], column: str | None, messages: object) -> list[Any]:
-    """What a row has of images, none read yet: its column's, or else those in its messages.
+    """Returns a row's images, none of them read yet: its column's, or else its messages'.
 
     Raises:
-        CalibrationError: the recipe names a column that the row lacks.
+        CalibrationError: The recipe names a column that the row lacks.
     """
     if column and column not in row:
         raise CalibrationError(
@@ -126,7 +128,7 @@ def row_images(row: Mapping[str, Any], column: str | None, messages: object) -> 
 
 
 def image_items(messages: object) -> list[dict[str, Any]]:
-    """The parts of type image in messages; none in text."""
+    """Returns all parts of type image in messages. Text has none."""
     if not isinstance(messages, list):
         return []
     parts = [part for message in messages for part in _parts(message.get("content"))]
@@ -134,13 +136,13 @@ def image_items(messages: object) -> list[dict[str, Any]]:
 
 
 def with_items(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Messages with a part for each image, as processors' chat templates want them.
+    """Returns messages with a part for each image, as the chat templates of processors want them.
 
-    Where there are none, the images stand where ``<image>`` does in the text, if that is there as
-    often; else before the first user message's text.
+    Messages without such parts get them where their text says ``<image>``, if it does so once for
+    each image, and otherwise before the first user message's text.
 
     Raises:
-        CalibrationError: there are others than the row has images.
+        CalibrationError: The messages have image parts, but not one for each of the row's images.
     """
     listed = placed(messages, count)
     listed = [{**message, "content": _parts(message.get("content"))} for message in listed]
@@ -157,19 +159,22 @@ def with_items(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any
 
 
 def _parts(content: object) -> list[dict[str, Any]]:
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    return content if isinstance(content, list) else []
+    if content is None or isinstance(content, list):
+        return content or []
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return [{"type": "text", "text": text}]
 
 
 def placed(messages: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Messages with a part of type image for each ``<image>`` in their text.
+    """Returns messages with a part of type image in the place of each ``<image>`` in their text.
 
-    As they are if they have such parts already, or another number of placeholders than images.
+    Messages that have such parts already are returned unchanged, and so are those whose
+    placeholders are more or fewer than the row's images: those are text.
     """
+    if image_items(messages):
+        return messages
     split = [{**m, "content": _split(_parts(m.get("content")))} for m in messages]
-    there = image_items(messages)
-    return messages if there or len(image_items(split)) != count else split
+    return split if len(image_items(split)) == count else messages
 
 
 def _split(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -187,15 +192,16 @@ def _split(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def read_image(value: object, folder: str) -> Image:
-    """An image, upright and in RGB.
+    """Reads an image, and returns it upright and in RGB.
 
     Args:
-        value: A file's path; a file's bytes, or the same as a ``data:`` address; a mapping of
-            ``bytes`` or ``path``, as the ``datasets`` library stores images; or Pillow's image.
-        folder: Where a relative path starts.
+        value: The path of a file, the bytes of one, or a ``data:`` address that holds them; a
+            mapping of ``bytes`` or ``path``, as the ``datasets`` library stores images; or an
+            image of Pillow.
+        folder: The folder that a relative path starts from.
 
     Raises:
-        CalibrationError: naming the file.
+        CalibrationError: The image cannot be read; the message names the file.
     """
     require_pillow()
     from PIL import Image, UnidentifiedImageError

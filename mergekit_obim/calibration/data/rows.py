@@ -1,4 +1,4 @@
-"""The rows of a calibration file or data set, as they stand there."""
+"""Reading calibration files and data sets into rows, which are not interpreted yet."""
 
 from __future__ import annotations
 
@@ -41,19 +41,20 @@ class Rows(Sequence[Row]):
         return self._decode(self._items[index])
 
     def where(self, index: int) -> str:
-        """How a user finds the row: ``line 7`` of a text file, else ``row 7``, from 1."""
+        """Returns how a user finds a row: ``line 7`` of a text file, else ``row 7``, from 1."""
         return f"line {self._lines[index]}" if self._lines else f"row {index + 1}"
 
 
 def load_rows(source: DataSource) -> Rows:
-    """The rows of a file, or of a Hugging Face data set.
+    """Returns the rows of a file, of a folder, or of a Hugging Face data set.
 
     Of ``.jsonl`` every non-empty line is an object; ``.json`` is a list of them, or a mapping
     with one list (``{"data": [...]}``), or lines after all; of ``.txt`` every non-empty line
     is a row; ``.csv`` has a header line. A bare string counts as ``{"text": ...}``.
 
     Raises:
-        CalibrationError: naming the file, and the line where there is one.
+        CalibrationError: The data cannot be read. The message names the file, and the line if
+            there is one.
     """
     if not is_local_file(source.data):
         return _load_data_set(source)
@@ -231,7 +232,7 @@ def _load_data_set(source: DataSource) -> Rows:
 
 
 def _saved_splits(loaded: Any) -> dict[str, Any]:
-    """The splits of what ``save_to_disk`` wrote, every column as it was before any formatting."""
+    """Returns the splits of what ``save_to_disk`` wrote, without any formatting of columns."""
     if not isinstance(loaded, dict):
         # As the datasets library calls what has no split.
         loaded = {str(loaded.split or "train"): loaded}
@@ -239,10 +240,10 @@ def _saved_splits(loaded: Any) -> dict[str, Any]:
 
 
 def _choose_split(splits: list[str], source: DataSource) -> str:
-    """The split that the recipe names; else ``train``, or the only one.
+    """Returns the split that the recipe names, or else ``train``, or else the only one.
 
     Raises:
-        CalibrationError: There is none of that name, or no telling which is meant.
+        CalibrationError: There is no split of that name, or several and none named ``train``.
     """
     wanted = source.split or "train"
     if wanted in splits:

@@ -1,4 +1,9 @@
-"""Messages → text, by the model's chat template, which decides how it wants them."""
+"""Messages → text: the chat template of a model, and how it wants messages written.
+
+A chat template is a program that comes with the model. Nothing says whether it wants the content of
+a message as text or as a list of parts, and what it does not understand it prints as it is, or
+leaves out. So it is tried: a mark in the place of each text shows what becomes of it.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +22,15 @@ if TYPE_CHECKING:
 
 
 class ChatWriter:
-    """Writes conversations with a model's chat template, as the template takes them.
-
-    Some templates want a message's content as text, some as a list of parts, and some print
-    whatever they are given, be it a Python list. Which it is, is found by giving them both.
+    """Writes conversations with a model's chat template, in the form that the template takes.
 
     Attributes:
         read_clock: Whether the template has asked for the date.
 
     Args:
-        chat: The model's tokenizer, or its processor, which is for rows with images.
-        date: What the template is told if it asks for the date. The clock would make the same
-            recipe another measurement tomorrow.
+        chat: The tokenizer of the model; for rows with images, its processor.
+        date: The date that the template is told if it asks for today's. With the real one, the
+            same recipe would be another measurement tomorrow.
     """
 
     def __init__(self, chat: PreTrainedTokenizerBase | ProcessorMixin, date: datetime.date) -> None:
@@ -36,15 +38,16 @@ class ChatWriter:
         self._chat, self._date = chat, date
 
     def write(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, str]:
-        """The text of a conversation, special tokens and all, and the template that wrote it.
+        """Returns the text of a conversation, with special tokens, and the template that wrote it.
 
         Args:
-            messages: Of role and content. A processor is given images as parts of type image; a
-                tokenizer is not given them.
-            tools: What the template is to say of tools.
+            messages: As ``read_conversation`` returns them. A processor's template is given the
+                parts of type image too, a tokenizer's only text.
+            tools: Descriptions of the tools that the conversation may call.
 
         Raises:
-            CalibrationError: There is no template, or it doesn't take these messages.
+            CalibrationError: There is no template, it doesn't take these messages, or it prints
+                lists or JSON in the place of text.
         """
         # Asked first: apply_chat_template tells a missing template by its own, longer error.
         if not self._chat.chat_template:
@@ -85,7 +88,7 @@ class ChatWriter:
         return str(template["default"] if isinstance(template, dict) else template)
 
     def _forms(self) -> list[Callable[[Any], Any]]:
-        """The forms of content that the template may take, the one that it should take first."""
+        """Returns the forms of content that the template may take, the likelier one first."""
         if not hasattr(self._chat, "image_processor"):
             return [_as_text, lambda content: _as_parts(content, images=False)]
         token = getattr(self._chat, "image_token", None)
@@ -93,8 +96,8 @@ class ChatWriter:
 
     @contextmanager
     def _stopped_clock(self, template: str) -> Iterator[None]:
-        # transformers gives templates a function, strftime_now, and takes no other for it. It
-        # keeps what it has compiled; this one's own names stand before the common ones.
+        # transformers gives every template its own strftime_now, and lets no caller replace it. But
+        # it caches compiled templates, and a template looks in its own globals first.
         from transformers.utils.chat_template_utils import _compile_jinja_template
 
         def strftime_now(format: str) -> str:
@@ -113,10 +116,10 @@ class ChatWriter:
 def _as_taken(
     messages: Messages, apply: Callable[[Messages], str], forms: list[Callable[[Any], Any]]
 ) -> Messages:
-    """The messages with each one's content in the first form that the template shows the text of.
+    """Returns the messages with each content in the first form whose text the template shows.
 
-    What it shows is seen by a mark in the text's place. A mark that stands in the text of a list
-    or of JSON shows that the template prints what it should have read.
+    A mark that comes out as the value of a key shows that the template printed what it should have
+    read.
 
     Raises:
         CalibrationError: The template shows no text at all, or prints lists or JSON instead.
@@ -136,13 +139,13 @@ def _as_taken(
         ]
         try:
             text = apply(marked)
-        except Exception:  # of the form, maybe; if not, the real one will raise it too
+        except Exception:  # maybe of this form alone; if not, the real text will raise it too
             failed = True
             continue
         for number in marks.keys() - taken.keys():
             key = "text" if isinstance(marked[number]["content"], list) else "content"
             mark = marks[number]
-            # Any text may end up in JSON: a tool's answers do.
+            # What a tool gave back is often shown as JSON, and should be.
             structure = re.search(rf"""["']{key}["']\s*:\s*["']{mark}.{{0,20}}""", text)
             if structure and messages[number].get("role") != "tool":
                 printed[number] = structure[0].replace(mark, "…")
@@ -163,10 +166,10 @@ def _as_taken(
 
 
 def _with_values(messages: Messages, apply: Callable[[Messages], str]) -> tuple[Messages, str]:
-    """The messages and their text, with what tools are given and give back as the template has it.
+    """Returns the messages and their text, with arguments and answers as the template takes them.
 
-    OpenAI's rows have the arguments of a call as a JSON text, which many templates would make JSON
-    of once more. Other templates want that text, and print a mapping as Python does.
+    OpenAI's rows have the arguments of a call as a JSON text, which many templates would turn into
+    JSON once more. Other templates want that text, and print a mapping as Python does.
 
     Raises:
         CalibrationError: The template prints lists, mappings or JSON either way.
@@ -188,7 +191,7 @@ def _with_values(messages: Messages, apply: Callable[[Messages], str]) -> tuple[
 
 
 def _other_values(message: dict[str, Any]) -> dict[str, Any]:
-    """The message with mappings in the place of JSON texts, and the reverse."""
+    """Returns the message with mappings in the place of JSON texts, and the reverse."""
     if isinstance(content := message.get("content"), dict):
         message = {**message, "content": json.dumps(content, ensure_ascii=False)}
     calls = []
@@ -212,11 +215,11 @@ def _calls_of(message: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _misprinted(messages: Messages, text: str) -> str:
-    """What a text has of the messages' values as Python prints them, or as JSON in JSON."""
+    """Returns a value of the messages that the text has as Python's print or as JSON in JSON."""
     for message in messages:
         arguments = [call.get("function", call).get("arguments") for call in _calls_of(message)]
         for value in [message.get("content"), *arguments]:
-            # As JSON a mapping may be what the template wants, and numbers look the same.
+            # JSON may be what the template wants, and a list of numbers looks the same in both.
             as_python = str(value) if isinstance(value, (dict, list)) else ""
             if as_python and as_python != json.dumps(value) and as_python in text:
                 return as_python
@@ -236,7 +239,7 @@ def _prints(found: str) -> str:
 
 
 def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[str, Any]]:
-    """Content of the same build, with a mark for its text."""
+    """Returns content of the same structure with a mark in the place of its text."""
     if isinstance(content, str):
         return mark
     parts = [{**part, "text": mark} if part["type"] == "text" else part for part in content]
@@ -244,7 +247,7 @@ def _marked(content: str | list[dict[str, Any]], mark: str) -> str | list[dict[s
 
 
 def _as_text(content: Any, image: str = "") -> Any:
-    """Content as one text. Parts follow each other without a gap, as templates write them."""
+    """Returns content as one text. Its parts have nothing between them, as in most templates."""
     if not isinstance(content, list):
         return content
     return "".join(part["text"] if part["type"] == "text" else image for part in content)
@@ -259,7 +262,7 @@ def _as_parts(content: Any, images: bool = True) -> Any:
 
 
 def _with_calls(messages: Messages, known: bool) -> Messages:
-    """Function calls in ShareGPT's form, as the template has them; as text if it knows none."""
+    """Returns the messages with ShareGPT's calls as calls, or as text if the template has none."""
     return [_call(message, known) if message["role"] == CALL else message for message in messages]
 
 

@@ -30,11 +30,10 @@ _CONTEXT_FIELDS = ("input", "context")
 
 
 def row_input(row: Row, source: DataSource) -> str | Messages:
-    """What the model is shown of a row: text, or chat messages. Empty if the row is.
+    """Returns what the model is shown of a row: text or chat messages, empty if the row is empty.
 
     Raises:
-        CalibrationError: None of its fields will do, or what one holds can't be read; saying which
-            fields there are.
+        CalibrationError: The row has no field that can be used, or one that cannot be read.
     """
     fields = (source.column,) if source.column else INPUT_FIELDS
     present = [name for name in fields if name in row]
@@ -65,10 +64,10 @@ def row_input(row: Row, source: DataSource) -> str | Messages:
 
 
 def row_tools(row: Row) -> list[Any] | None:
-    """The tools that a row's conversation may call, for the chat template; None without any.
+    """Returns the tools that a row offers to its conversation, or None if it has none.
 
     Raises:
-        CalibrationError: They are no list of descriptions.
+        CalibrationError: The field is not a list of function descriptions, nor JSON of one.
     """
     tools = row.get("tools")
     if isinstance(tools, str):
@@ -101,7 +100,7 @@ def _with_completion(row: Row, prompt: str | Messages) -> str | Messages:
 
 
 def _text(row: Row, name: str) -> str:
-    """The text of a field that may be missing, or hold something else."""
+    """Returns the text of a field, empty if the field is missing or holds something else."""
     value = row.get(name)
     return value if isinstance(value, str) and value.strip() else ""
 
@@ -137,7 +136,7 @@ def _text_or_messages(row: Row, name: str) -> str | Messages:
 
 
 def _printed_messages(found: object) -> bool:
-    """Whether a text is messages printed in a way that can't be read back, as numpy prints them."""
+    """Returns whether a text is messages printed as numpy does, which cannot be read back."""
     if not isinstance(found, str) or re.match(r"\s*\[\s*\{", found) is None:
         return False
     keys = set(re.findall(r"""["'](role|content|from|value)["']\s*:""", found))

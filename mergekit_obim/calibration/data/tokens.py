@@ -34,10 +34,10 @@ class TokenSequence:
 
 
 def check_room(tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-    """Checks that a sequence of ``max_length`` tokens can hold more than special tokens.
+    """Checks that ``max_length`` leaves room for more than special tokens.
 
     Raises:
-        CalibrationError: It cannot.
+        CalibrationError: It does not.
     """
     room = tokenizer.num_special_tokens_to_add()
     if max_length <= room:
@@ -53,14 +53,17 @@ def tokenize(
     max_length: int | None,
     template: str | None = None,
 ) -> TokenSequence:
-    """The token sequence of a text; empty if the tokenizer makes nothing of it.
+    """Returns the token sequence of a text, empty if the tokenizer makes nothing of it.
 
     Args:
-        text: What the model is shown.
-        tokenizer: The model's.
+        text: The text that the model is shown.
+        tokenizer: The tokenizer of the model.
         max_length: Where the sequence is cut, special tokens counted; ``None`` cuts nothing.
         template: The chat template that wrote the text. It has put special tokens in already, so
             that none are added; to other text, the tokenizer adds its own.
+
+    Raises:
+        CalibrationError: The tokenizer is random.
     """
     with cuts_the_end(tokenizer):
         # Cut by the tokenizer, which keeps a closing token such as BERT's [SEP].
@@ -85,10 +88,10 @@ def tokenize(
 
 @contextmanager
 def cuts_the_end(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
-    """Has a tokenizer cut what is too long at its end, whatever its files say.
+    """Makes a tokenizer cut long texts at their end, whatever its files say.
 
-    They say ``left`` for some chat models, which then get a row's last tokens; and an expert's
-    tokenizer, which a merge may not even use, would decide what it is measured on.
+    The files of some chat models say ``left``: of a long row, these would be measured on the end,
+    and other experts on the beginning.
     """
     side = tokenizer.truncation_side
     tokenizer.truncation_side = "right"
@@ -118,9 +121,9 @@ def pack(sequences: Iterable[Sequence[int]], length: int, separator: int | None)
 
 
 def content_hash(sequences: Iterable[TokenSequence]) -> str:
-    """sha256 over each sequence's length and token ids, as little-endian 64-bit integers.
+    """Returns the sha256 over each sequence's length and token ids, as little-endian int64.
 
-    After those of a sequence with images comes the sha256 of the images.
+    The hash of a sequence's images, if it has any, follows its token ids.
     """
     digest = hashlib.sha256()
     for sequence in sequences:
@@ -131,14 +134,14 @@ def content_hash(sequences: Iterable[TokenSequence]) -> str:
 
 
 def next_batch(ordered: Sequence[TokenSequence], start: int, size: int) -> Sequence[TokenSequence]:
-    """The sequences from ``start`` on that make a batch: up to ``size``, all of one length.
+    """Returns the sequences from ``start`` on that make a batch: up to ``size``, all of one length.
 
     A sequence with images is a batch of its own.
 
     Args:
-        ordered: Sorted by length.
-        start: Less than their number.
-        size: At least 1.
+        ordered: All sequences, sorted by length.
+        start: The index of the first one of the batch.
+        size: The largest number of sequences in a batch, at least 1.
     """
     if size < 1:
         raise ValueError(f"size should be at least 1, found {size}")
