@@ -299,6 +299,7 @@ def test_what_fell_back_and_what_was_left_out(family: Family, tmp_path: Path) ->
     found = report(family.recipe(parameters=parameters), tmp_path)
     norms = [name for name in family.base if "norm" in name]
     assert {f["tensor"] for f in found["fallbacks"]} == set(norms)
+    assert {f["reason"] for f in found["fallbacks"]} == {"not in the saliency file"}
     for tensor in found["tensors"]:
         if tensor["name"] in norms:
             assert tensor["owned"] == [0, 0, 0, tensor["elements"]]
@@ -307,7 +308,30 @@ def test_what_fell_back_and_what_was_left_out(family: Family, tmp_path: Path) ->
     found = report(family.recipe(models=models), tmp_path)
     assert set(found["calibration"]) == {family.names[0], family.names[2]}
     assert {t["ranked"][1] for t in found["tensors"]} == {"magnitude"}
+    assert {f["reason"] for f in found["fallbacks"] if f["expert"] == family.names[1]} == {
+        "the recipe asks for it"
+    }
     assert not found["measured"]
+    # What adds up the experts' errors needs all of them: one without saliency decides for all.
+    parameters["assignment"] = "nearest"
+    found = report(family.recipe(models=models, parameters=parameters), tmp_path)
+    reasons = {(f["expert"], f["reason"]) for f in found["fallbacks"] if f["tensor"] == Q_PROJ}
+    assert reasons == {
+        (family.names[0], "another expert has no saliency for it"),
+        (family.names[1], "the recipe asks for it"),
+        (family.names[2], "another expert has no saliency for it"),
+    }
+    # A file that says why it has no entry is quoted.
+    name = family.names[0]
+    path = tmp_path / saliency_file_name(name)
+    unscored = json.dumps(dict.fromkeys(norms, "never used"))
+    checkpoints.write_saliency_file(path, family.h[0], model=name, unscored=unscored)
+    models = family.recipe()["models"]
+    models[0]["parameters"]["saliency"] = str(path)
+    found = report(family.recipe(models=models), tmp_path)
+    reasons = {(f["expert"], f["reason"]) for f in found["fallbacks"]}
+    assert (name, "never used") in reasons
+    assert (family.names[1], "not in the saliency file") in reasons
 
 
 def test_a_merged_model_of_another_recipe(family: Family, tmp_path: Path) -> None:

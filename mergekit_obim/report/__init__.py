@@ -1,7 +1,8 @@
-"""A merge, looked at afterwards or instead.
+"""What each expert contributes to a merge.
 
-``gather``   goes through the merge without merging, and counts
+``gather``   goes through a merge without merging, and counts
+``summary``  the counts as plain numbers
 ``figures``  the charts
-``page``     the report, one file for people and one for machines
+``page``     the numbers and charts as one HTML file, by the template ``page.html.jinja``
 ``card``     a section of the merged model's card
 """

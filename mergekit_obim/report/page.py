@@ -25,7 +25,7 @@ def render(report: dict[str, Any]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    environment.filters.update(percent=_percent, thousands=_thousands)
+    environment.filters["shown"] = _shown
     names = short_names(report["experts"])
     return environment.get_template("page.html.jinja").render(
         report=report,
@@ -59,37 +59,32 @@ def short_names(experts: Sequence[str]) -> list[str]:
 
 
 def _overview(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    shares = [owned / report["elements"] for owned in report["owned"]]
-    head = ["weights", "kept", "overwritten", "dropped", "error"]
-    rows = [
-        [share, *(expert[key] for key in head[1:])]
-        for share, expert in zip(shares, report["experts_total"], strict=False)
-    ]
-    rows.append([shares[-1], *[None] * 4])  # the base
+    columns = {"weights": [owned / report["elements"] for owned in report["owned"]]}
     if report["densities"]:
-        head.insert(0, "density")
-        for row, density in zip(rows, [*report["densities"], None], strict=True):
-            row.insert(0, density)
-    return {"head": ["expert", *head], "rows": _percents([*names, "the base"], rows)}
+        columns = {"density": [*report["densities"], None], **columns}
+    for key in ("kept", "overwritten", "dropped", "error"):
+        columns[key] = [*(expert[key] for expert in report["experts_total"]), None]
+    rows = zip([*names, "the base"], zip(*columns.values(), strict=True), strict=True)
+    return {"head": ["expert", *columns], "rows": list(rows)}
 
 
 def _ownership(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
     places = _unique(cell["place"] for cell in report["cells"])
     kinds = _unique(cell["kind"] for cell in report["cells"])
-    grid = np.full((len(names), len(kinds), len(places)), np.nan)
+    grids = np.full((len(names), len(kinds), len(places)), np.nan)
     for cell in report["cells"]:
         shares = np.array(cell["owned"][:-1]) / max(1, cell["elements"])
-        grid[:, kinds.index(cell["kind"]), places.index(cell["place"])] = shares
-    highest = float(np.nanmax(grid))
+        grids[:, kinds.index(cell["kind"]), places.index(cell["place"])] = shares
+    highest = float(np.nanmax(grids))
     charts = [
         {
             "name": name,
-            "svg": figures.heat_map(f"share-{k}", places, kinds, grid[k], highest),
-            "low": np.nanmin(grid[k]),
-            "high": np.nanmax(grid[k]),
-            "rows": _percents(kinds, grid[k]),
+            "svg": figures.heat_map(f"share-{k}", places, kinds, grid, highest),
+            "low": np.nanmin(grid),
+            "high": np.nanmax(grid),
+            "rows": list(zip(kinds, grid, strict=True)),
         }
-        for k, name in enumerate(names)
+        for k, (name, grid) in enumerate(zip(names, grids, strict=True))
     ]
     return {"places": places, "charts": charts}
 
@@ -99,27 +94,23 @@ def _contested(report: dict[str, Any], names: list[str]) -> dict[str, Any] | Non
         return None
     layers = [layer for layer in report["layers"] if layer["contested"] is not None]
     places = [layer["place"] for layer in layers]
-    owned = list(zip([*names, "the base"], report["contested"], strict=True))
+    # The base has none, unless weights that two experts wanted are claimed by neither.
+    owners = [*names, "the base"] if report["contested"][-1] else names
     parts = [
         (
             name,
             figures.colour_of(owner, len(names)),
             [layer["contested"][owner] / max(1, layer["elements"]) for layer in layers],
         )
-        for owner, (name, count) in enumerate(owned)
-        if count or owner < len(names)
+        for owner, name in enumerate(owners)
     ]
     total = sum(report["contested"])
+    won = zip(owners, report["contested"], strict=False)
     return {
         "share": total / report["elements"],
-        "won": [
-            (name, count / total) for name, count in owned if total and (count or name in names)
-        ],
+        "won": [(name, count / total) for name, count in won if total],
         "svg": figures.stacked("contested", places, parts),
-        "rows": [
-            [place, *map(_thousands, layer["contested"])]
-            for place, layer in zip(places, layers, strict=True)
-        ],
+        "rows": [(layer["place"], layer["contested"]) for layer in layers],
     }
 
 
@@ -148,7 +139,7 @@ def _errors(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
                 "worst": places[worst],
                 "error": values["error"][worst],
                 "head": ["layer", *values],
-                "rows": _percents(places, zip(*values.values(), strict=True)),
+                "rows": list(zip(places, zip(*values.values(), strict=True), strict=True)),
             }
         )
     return charts
@@ -160,30 +151,24 @@ def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
     sums = _unique(point["density"] for point in report["curve"])
     experts = {(point["order"], point["density"]): point["experts"] for point in report["curve"]}
 
-    def values(key: str) -> np.ndarray:
-        """Return [orders, sums, experts]; NaN for an expert without saliency."""
-        found = [[[e[key] for e in experts[o, s]] for s in sums] for o in orders]
-        return np.array(found, dtype=float)
-
-    if not report["curve"]:
-        return []
-    views = [
-        ("Mean over the experts", "predicted error", values("error").mean(axis=-1), np.nanargmin)
-    ]
-    for k, name in enumerate(names):
-        views.append((name, "saliency kept", values("kept")[..., k], np.nanargmax))
-    charts = []
-    for number, (title, label, grid, best_of) in enumerate(views):
-        if np.isnan(grid).all():
-            continue
-        order, density = np.unravel_index(best_of(grid), grid.shape)
-        svg = figures.lines(
-            f"settings-{number}",
-            sums,
-            list(zip(orders, grid, strict=True)),
-            ("sum of the densities", label),
-            sum(report["densities"]),
+    def grids(key: str) -> np.ndarray:
+        """Return a value of each expert by order and density, [K, orders, sums]."""
+        return np.array(
+            [[[experts[o, s][k][key] for s in sums] for o in orders] for k in range(len(names))],
+            dtype=float,  # None, of an expert without saliency, becomes NaN
         )
+
+    views = [("Mean over the experts", "predicted error", grids("error").mean(axis=0))]
+    views += [(n, "saliency kept", grid) for n, grid in zip(names, grids("kept"), strict=True)]
+    charts = []
+    for number, (title, label, grid) in enumerate(views):
+        if np.isnan(grid).all():  # also if there is no curve, as all densities are 0
+            continue
+        best = np.nanargmax(-grid if label == "predicted error" else grid)
+        order, density = np.unravel_index(best, grid.shape)
+        curves = list(zip(orders, grid, strict=True))
+        labels = ("sum of the densities", label)
+        svg = figures.lines(f"settings-{number}", sums, curves, labels, sum(report["densities"]))
         charts.append(
             {
                 "title": title,
@@ -193,65 +178,50 @@ def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
                 "order": orders[order],
                 "density": sums[density],
                 "orders": orders,
-                "rows": _percents(map(_percent, sums), grid.T),
+                "rows": [(_shown(s), values) for s, values in zip(sums, grid.T, strict=True)],
             }
         )
     return charts
 
 
 def _kinship(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    titles = {
-        "pearson": "Pearson correlation",
-        "cosine": "Cosine",
-        "euclidean": "Euclidean distance",
-    }
-    measures = [
-        (
-            title,
-            [
-                [name, *("" if value is None else f"{value:.4g}" for value in row)]
-                for name, row in zip(names, report["kinship"][key], strict=True)
-            ],
-        )
-        for key, title in titles.items()
-    ]
+    tables = []
+    for measure, matrix in report["kinship"].items():
+        cells = [["" if value is None else f"{value:.4g}" for value in row] for row in matrix]
+        tables.append((measure, list(zip(names, cells, strict=True))))
     svg = figures.similarity("kinship", names, report["kinship"]["cosine"])
-    return {"svg": svg, "measures": measures}
+    return {"svg": svg, "tables": tables}
 
 
 def _fallbacks(report: dict[str, Any]) -> dict[str, Any]:
-    rows = [
-        [f["tensor"], f["expert"], f["ranked"] or "nothing: left at the base", f["reason"]]
-        for f in report["fallbacks"]
-    ]
-    rows += [[name, "", "nothing: copied", "it holds no weights"] for name in report["copied"]]
+    rows = []
+    for one in report["fallbacks"]:
+        treatment = f"ranked by {one['ranked']}" if one["ranked"] else "left at the base's values"
+        rows.append((one["tensor"], [one["expert"], treatment, one["reason"]]))
+    rows += [(name, ["", "copied", "it holds no weights"]) for name in report["copied"]]
     return {
-        "tensors": len({row[0] for row in rows}),
-        "kinds": _unique(f"ranked by {ranked} ({reason})" for _, _, ranked, reason in rows),
+        "tensors": len({name for name, _ in rows}),
+        "kinds": _unique(f"{treatment} ({reason})" for _, (_, treatment, reason) in rows),
         "rows": rows,
     }
 
 
-def _calibration(report: dict[str, Any]) -> list[list[str]]:
+def _calibration(report: dict[str, Any]) -> list[tuple[str, list[str]]]:
     rows = []
     for expert in report["experts"]:
         file = report["calibration"].get(expert)
         record = json.dumps(file["calibration"], ensure_ascii=False) if file else ""
-        rows.append([expert, measured_on(file), file["file"] if file else "", record])
+        rows.append((expert, [measured_on(file), file["file"] if file else "", record]))
     return rows
 
 
-def _percents(labels: Iterable[str], rows: Iterable[Iterable[float | None]]) -> list[list[str]]:
-    """Return a table's rows: a label, and shares in percent."""
-    return [[label, *map(_percent, row)] for label, row in zip(labels, rows, strict=True)]
-
-
-def _percent(value: float | None) -> str:
-    return "" if value is None or np.isnan(value) else f"{value:.1%}"
-
-
-def _thousands(value: int) -> str:
-    return f"{value:,}"
+def _shown(value: str | float | None) -> str:
+    """Return a value as the page shows it: a count in full, any other number as a percentage."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if np.isnan(value) else f"{value:.1%}"
 
 
 def _unique(values: Iterable[Any]) -> list[Any]:
