@@ -369,7 +369,7 @@ def an_adapter_in_the_model(setting: Setting) -> None:
     [
         (no_config, ["no adapter_config.json"]),
         (no_weights, ["no adapter_model.safetensors or adapter_model.bin"]),
-        (no_folder, ["cannot be merged"]),
+        (no_folder, ["no adapter_config.json"]),
         (cut_short_adapter, ["cannot be merged", "header"]),
         (prompt_tuning, ["PROMPT_TUNING", "leave it out"]),
         (other_width, [Q_PROJ, "[24, 32]", "[16, 16]", "trained on org/wider"]),
@@ -394,6 +394,20 @@ def test_an_adapter_that_does_not_fit(
     shutil.rmtree(setting.model)
     shutil.copytree(setting.world.base, setting.model)
     write_adapter(setting.adapter)
+    setting.merged()
+    setting.is_right()
+
+
+def test_an_adapter_on_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    setting.reference = ModelReference.parse(f"{setting.model}+org/adapter@v1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(setting.root / "hub"))
+    with pytest.raises(AdapterError, match="org/adapter on the Hub was not asked, as HF_HUB_OFF"):
+        setting.merged()
+    files = {path.name: path for path in setting.adapter.iterdir()}
+    checkpoints.fake_hub(setting.root / "hub", "org/adapter", files, ref="v1")
+    adapters.check_adapter(setting.reference)
+    there = adapters.look_up(setting.reference, str(setting.cache))
+    assert there.lacking == "the adapter has not been merged into its model yet"
     setting.merged()
     setting.is_right()
 

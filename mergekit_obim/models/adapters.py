@@ -35,6 +35,7 @@ from mergekit_obim.models.layers import block_of
 from mergekit_obim.models.references import identity
 from mergekit_obim.saliency.file import PUBLISHED_NAME
 from mergekit_obim.saliency.fingerprint import sample
+from mergekit_obim.saliency.hub import download
 
 LOG = logging.getLogger("mergekit_obim")
 
@@ -284,13 +285,13 @@ def _adapter_files(reference: ModelReference) -> tuple[Path, Path]:
     if os.path.isdir(lora.path):
         found = {path.name: path for path in Path(lora.path).iterdir()}
     else:
-        paths = {
-            name: cached_file(
-                lora.path, name, revision=lora.revision, _raise_exceptions_for_missing_entries=False
-            )
-            for name in (_CONFIG, *_WEIGHTS)
-        }
-        found = {name: Path(path) for name, path in paths.items() if path}
+        found, unknown = {}, None
+        for names in ((_CONFIG,), _WEIGHTS):
+            path, why = download(lora.path, names, lora.revision)
+            found |= {path.name: path} if path else {}
+            unknown = unknown or why
+        if unknown:
+            raise AdapterError(f"model {reference}: its adapter cannot be read: {unknown}")
     weights = next((found[name] for name in _WEIGHTS if name in found), None)
     if _CONFIG not in found or weights is None:
         wanted = _CONFIG if _CONFIG not in found else " or ".join(_WEIGHTS)

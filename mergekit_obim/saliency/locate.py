@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError, quoted
+from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
 from mergekit_obim.saliency.file import PUBLISHED_NAME, SaliencyFile, saliency_file_name
 from mergekit_obim.saliency.fingerprint import matches
+from mergekit_obim.saliency.hub import download
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
 _LOCK = threading.Lock()
@@ -54,7 +55,7 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         where += f" ({wanted} in {local})"
     elif hub := _HUB.fullmatch(setting):
         names = [hub["file"]] if hub["file"] else names[::-1]
-        found, unknown = _download(hub["repo"], names, hub["revision"], cache_dir)
+        found, unknown = download(hub["repo"], names, hub["revision"], cache_dir)
         if found:
             return found
         if unknown:
@@ -66,82 +67,6 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
     raise SaliencyNotFoundError(
         f"no saliency for model {model}: {where}; make one with `obim-saliency RECIPE OUT_DIR` and "
         "set `saliency: OUT_DIR`, or use `criterion: magnitude`"
-    )
-
-
-def _download(
-    repo: str, names: list[str], revision: str | None, cache_dir: str | None
-) -> tuple[Path | None, str | None]:
-    """The first of these files that a repository on the Hub has.
-
-    Returns:
-        Where it is now; and if it is nowhere, why it may be on the Hub all the same, with what to
-        do about that. None of both if the repository is known not to have it.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import (
-        EntryNotFoundError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-    )
-
-    unknown = None
-    for name in names:
-        try:
-            found = hf_hub_download(
-                repo,
-                name,
-                revision=revision,
-                cache_dir=cache_dir,
-                local_files_only=unknown is not None,  # it waits half a minute for an answer
-            )
-            return Path(found), None
-        except LocalEntryNotFoundError as error:  # the Hub did not answer, but may have before
-            if not _known_to_lack(repo, name, revision, cache_dir):
-                unknown = unknown or _why(error.__cause__ or error, repo, revision)
-        except (EntryNotFoundError, HFValidationError):
-            continue
-        except Exception as error:  # the Hub's many kinds, and those of the network and the disk
-            return None, _why(error, repo, revision)
-    return None, unknown
-
-
-def _known_to_lack(repo: str, name: str, revision: str | None, cache_dir: str | None) -> bool:
-    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
-    return cached is _CACHED_NO_EXIST
-
-
-def _why(error: BaseException, repo: str, revision: str | None) -> str:
-    """Why the Hub gave no file, and what to do about it."""
-    from huggingface_hub import constants, errors
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, errors.GatedRepoError):
-        return (
-            f"{repo} on the Hub is gated, and you have no access: ask for it at "
-            f"{constants.ENDPOINT}/{repo}, then log in by `hf auth login`"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError):
-        return (
-            f"the Hub has no {repo}, or it is private: mend the name, or log in by `hf auth login` "
-            "as someone who may read it"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo} on the Hub has no revision {revision}: mend what stands after the @"
-    if isinstance(error, errors.OfflineModeIsEnabled):
-        return f"{repo} on the Hub was not asked, as HF_HUB_OFFLINE is set, and no copy is cached"
-    if status in (401, 403):
-        return (
-            f"the Hub refuses to give {repo} ({quoted(error)}): log in by `hf auth login` as "
-            "someone who may read it"
-        )
-    if status is not None:
-        return f"the Hub failed with status {status} when asked for {repo}: try again later"
-    return (
-        f"{repo} cannot be had from the Hub at {constants.ENDPOINT} ({quoted(error)}): try again "
-        "when that is mended"
     )
 
 
