@@ -25,8 +25,8 @@ from mergekit_obim.calibration.data import (
     sample_order,
     tokenize,
 )
-from mergekit_obim.calibration.spec import Calibration, DataSource
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration, DataSource
 from tiny_tokenizers import BOS, CHAT_TEMPLATE, EOS, byte_ids, byte_tokenizer
 
 ROWS = [{"text": "one"}, {"text": "two, with \u2028 and é"}, {"text": 'three "quoted"'}]

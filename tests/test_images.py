@@ -30,8 +30,8 @@ from mergekit_obim.calibration.images import (
     row_images,
     with_items,
 )
-from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.saliency.file import saliency_file_name
 from square_gradients import SquareGradients
 from tiny_processors import IMAGE, MODELS, architecture, processor, write_images

@@ -25,8 +25,13 @@ from mergekit_obim.calibration.images import (
     row_images,
     with_items,
 )
-from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError, one_line
+from mergekit_obim.recipe.calibration import (
+    FILE_SUFFIXES,
+    Calibration,
+    DataSource,
+    is_local_file,
+)
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin

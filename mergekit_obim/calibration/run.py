@@ -28,7 +28,6 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
-from mergekit_obim.calibration.spec import Calibration, Expert
 from mergekit_obim.errors import (
     CalibrationError,
     ObimError,
@@ -40,6 +39,8 @@ from mergekit_obim.errors import (
 from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.checkpoint import Skim, tensor_of
 from mergekit_obim.models.names import stored_parts, weight_names
+from mergekit_obim.recipe.calibration import Calibration
+from mergekit_obim.recipe.experts import Expert
 from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,

@@ -1,6 +1,5 @@
 """What would go wrong with a recipe, all of it, before anything is loaded.
 
-``keys``      the recipe as it is written
 ``models``    what its models are to each other, and what the planner makes of them
 ``estimate``  what it will cost
 
@@ -15,15 +14,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, open_model, prepare_expert
-from mergekit_obim.calibration.spec import Expert, find_experts, is_local_file
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
-from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
 from mergekit_obim.check.models import (
     Model,
     absent,
@@ -36,17 +34,10 @@ from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import read_config
-
-
-def recipe_faults(recipe: Mapping[str, Any]) -> list[str]:
-    """The cheap part, for the pre-pass: keys and parameters, from the recipe alone."""
-    faults, _ = unknown_keys(recipe)
-    try:
-        config = read_config(recipe)
-        return [*faults, *wrong_settings(config, method_of(config))]
-    except (ObimError, ValueError) as error:
-        return [*faults, one_line(error)]
+from mergekit_obim.planned import read_recipe
+from mergekit_obim.recipe import Document
+from mergekit_obim.recipe.calibration import is_local_file
+from mergekit_obim.recipe.experts import Expert, find_experts
 
 
 def doubts(
@@ -67,7 +58,7 @@ def doubts(
 
 
 def check(
-    recipe: Mapping[str, Any],
+    document: Document,
     out_dir: Path | None,
     options: RunOptions,
     overrides: Mapping[str, Any] | None = None,
@@ -76,7 +67,7 @@ def check(
     """Check a recipe for the merge, or for the pre-pass before it.
 
     Args:
-        recipe: As ``yaml.safe_load`` gives it.
+        document: The recipe.
         out_dir: Where the pre-pass is going to write. Then a saliency file that it will make
             may be missing; otherwise the merge is to come, and calibration may be missing.
         options: Of the pre-pass.
@@ -84,18 +75,13 @@ def check(
         only: The experts to measure, all if empty.
     """
     verdict = Verdict()
-    misspelt, ignored = unknown_keys(recipe)
-    verdict.faults += misspelt
-    verdict.warnings += ignored
-    found = find_experts(recipe, overrides, only)
-    verdict.faults += found.faults
-    try:
-        config = read_config(recipe)
-        method = method_of(config)
-    except (ObimError, ValueError) as error:
-        verdict.faults += [*found.uncalibrated.values(), one_line(error)]
+    recipe, found = document.content, find_experts(document, overrides, only)
+    config, faults = read_recipe(document)
+    verdict.add([*faults, *found.faults])
+    if config is None:
+        verdict.add(found.uncalibrated.values())
         return verdict
-    verdict.faults += wrong_settings(config, method)
+    method = merge_methods.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
@@ -104,15 +90,17 @@ def check(
     check_models(config, models, verdict)
     missing = check_plan(config, models, out_dir, options, verdict)
     to_measure = [
-        expert for expert in found.experts if out_dir is not None or _names(missing, expert.model)
+        expert for expert in found.measured if out_dir is not None or _names(missing, expert.model)
     ]
-    for model, line in found.uncalibrated.items():
-        # Whose saliency is there needs no calibration any more.
-        if out_dir is not None or _names(missing, model):
-            verdict.faults.append(line)
+    # Whose saliency is there needs no calibration any more.
+    verdict.add(
+        fault
+        for model, fault in found.uncalibrated.items()
+        if out_dir is not None or _names(missing, model)
+    )
     tokens = _check_calibration(to_measure, recipe, models, out_dir, options, verdict)
     _estimate(config, to_measure, tokens, models, options, verdict)
-    verdict.faults = list(dict.fromkeys(verdict.faults))
+    verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
     return verdict
 
@@ -151,7 +139,7 @@ def _check_calibration(
                     expert, recipe.get("base_model"), out_dir or Path(nowhere), options, Ranks()
                 )
             except ObimError as error:
-                verdict.faults.append(error.message)
+                verdict.errors.append(error.message)
                 continue
             verdict.warnings += [f"model {expert.model}: {w}" for w in prepared.data.warnings]
             tokens += 0 if prepared.kept else prepared.data.tokens
@@ -190,7 +178,7 @@ def _estimate(
         merged = dtype_from_name(config.dtype) or stored
         written = dtype_from_name(config.out_dtype) or merged
     except RuntimeError as error:
-        verdict.faults.append(
+        verdict.errors.append(
             f"dtype: {one_line(error)}; mergekit knows float32, bfloat16, float16"
         )
         return

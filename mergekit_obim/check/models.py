@@ -21,9 +21,9 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.run import open_model
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
-from mergekit_obim.methods.planning import finding_all
 from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import plan
+from mergekit_obim.planned import look_through
+from mergekit_obim.recipe.faults import fold
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def open_models(
         try:
             models[reference] = Model(*open_model(reference, options, weights=not reason))
         except ObimError as error:
-            verdict.faults.append(error.message)
+            verdict.errors.append(error.message)
     return models
 
 
@@ -89,7 +89,7 @@ def check_models(
             continue
         own, wanted = ((m.config.architectures or ["?"])[0] for m in (model, models[base]))
         if reference.override_architecture is None and own != wanted:
-            verdict.faults.append(
+            verdict.errors.append(
                 f"model {reference}: is a {own}, but the base {base} a {wanted}: experts have to "
                 "be fine-tunes of the base; leave it out, or merge it with its own base"
             )
@@ -98,7 +98,7 @@ def check_models(
     weights = models[base].weights
     for reference, model in [*alike.items(), (base, models[base])]:
         if model.weights and (quantised := _integers(model.weights)):
-            verdict.faults.append(
+            verdict.errors.append(
                 f"model {reference}: tensor {quantised} holds integers: it is quantised, which "
                 "mergekit cannot merge; use the full-precision checkpoint that it was made from"
             )
@@ -107,7 +107,7 @@ def check_models(
     relation = relate(
         str(base), weights, {str(m): model.weights for m, model in alike.items() if model.weights}
     )
-    verdict.faults += relation.faults()
+    verdict.errors += relation.faults()
     verdict.warnings += relation.doubts()
     verdict.distances = relation.sizes()
     verdict.cosines = relation.cosines()
@@ -118,7 +118,7 @@ def check_models(
         tokens = {n: both for n, both in shapes.items() if _differ_in_tokens(n, *both, sizes)}
         if tokens and not aligned:
             name, (shape, base_shape) = next(iter(tokens.items()))
-            verdict.faults.append(
+            verdict.errors.append(
                 f"model {reference}: has another vocabulary than the base {base}: {name} is "
                 f"{shape}, the base's {base_shape}; add `tokenizer: {{source: base}}` to the "
                 "recipe, or `{source: union}` to keep every model's tokens"
@@ -127,7 +127,7 @@ def check_models(
         if others:
             shape, base_shape = shapes[others[0]]
             more = f", and {len(others) - 1} more tensors differ" if others[1:] else ""
-            verdict.faults.append(
+            verdict.errors.append(
                 f"model {reference}: tensor {others[0]} is {shape}, but {base_shape} in the base "
                 f"{base}{more}: it is no fine-tune of this base; set base_model to its own"
             )
@@ -196,7 +196,7 @@ def check_plan(
     if len(models) < len(config.referenced_models()) or any(
         model.weights is None for model in models.values()
     ):
-        if not verdict.faults:
+        if not verdict.errors:
             verdict.warnings.append("the merge itself was not planned: not every model is here")
         return []
     merging = MergeOptions(
@@ -204,29 +204,23 @@ def check_plan(
         lora_merge_cache=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
     )
-    planned: list[tuple[Any, Any]] = []
-    with finding_all() as findings:
-        try:
-            planned = plan(config, merging)
-        except ObimError as error:
-            # What mergekit fails at in the end may come of what was found before.
-            if not (verdict.faults or findings.faults):
-                findings.add(error, None)
+    planned, found = look_through(config, merging)
     missing = []
-    for fault, more in findings.faults.values():
-        line = fault.message + (f" (and {more} more tensors)" if more else "")
-        if isinstance(fault, SaliencyNotFoundError):
-            missing.append(line)
+    for fault in fold(found.tensors):
+        if fault.kind == "plan" and verdict.errors:
+            continue  # what mergekit fails at in the end may come of what was found before
+        if fault.error is SaliencyNotFoundError:
+            missing.append(fault.message)
             if out_dir is None:
-                verdict.faults.append(line)
-        elif not (out_dir and options.overwrite and isinstance(fault, SaliencyFileError)):
-            verdict.faults.append(line)
+                verdict.errors.append(fault.message)
+        elif not (out_dir and options.overwrite and fault.error is SaliencyFileError):
+            verdict.errors.append(fault.message)
     setting = (config.parameters or {}).get("saliency")
     if out_dir and isinstance(setting, str) and Path(setting).resolve() != out_dir.resolve():
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
-    for (model, fate), tensors in findings.fallbacks.found.items():
+    for (model, fate), tensors in found.fallbacks.found.items():
         verdict.fallbacks.append({"model": model, "fate": fate, "tensors": tensors})
     _check_tensors(planned, models, verdict)
     return missing
@@ -252,7 +246,7 @@ def _check_tensors(
             continue  # mergekit makes some tensors of others, by rules of transformers
         assert model.weights is not None
         if names := absent.get(reference):
-            verdict.faults.append(
+            verdict.errors.append(
                 f"model {reference}: has no tensor {names[0]}"
                 + (f", and {len(names) - 1} more are missing" if names[1:] else "")
                 + ": the checkpoint is not complete, or has other layers than the base"

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_obim import __version__
-from mergekit_obim.commands.saliency import read_recipe
 from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.recipe.document import read_document
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -80,7 +80,7 @@ def card(merged: Path, recipe: Path | None, no_shares: bool, **options: Any) -> 
             f"{merged}: has no mergekit_config.yml, which mergekit writes with the card: give the "
             "recipe by --recipe"
         )
-    content = read_recipe(path)
+    content = read_document(path).content
     merging = start(options)
 
     from mergekit_obim.planned import read_config
@@ -113,7 +113,7 @@ def report(
     Goes through the merge of RECIPE without merging. Run it where mergekit-yaml runs. With both
     --json and --output the numbers are printed and the file is written.
     """
-    content = read_recipe(recipe)
+    content = read_document(recipe).content
     merging = start(options)
 
     with importing():

@@ -164,13 +164,16 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
 
 def _check(config: Path, out_dir: Path | None, as_json: bool, options: dict[str, Any]) -> None:
     """What the command does with --check."""
-    recipe, overrides, only = read_recipe(config), _overrides(options), options.pop("model")
+    from mergekit_obim.recipe.document import read_document
+
+    document, overrides, only = read_document(config), _overrides(options), options.pop("model")
 
     from mergekit_obim import check as checking
 
-    verdict = checking.check(recipe, out_dir, _run_options(recipe, options), overrides, only)
+    run_options = _run_options(document.content, options)
+    verdict = checking.check(document, out_dir, run_options, overrides, only)
     click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
-    click.get_current_context().exit(1 if verdict.faults else 0)
+    click.get_current_context().exit(1 if verdict.errors else 0)
 
 
 def _measure(
@@ -178,20 +181,29 @@ def _measure(
 ) -> None:
     """What the command does, in one process or in one of several."""
     assert out_dir is not None
-    recipe = read_recipe(config)
 
-    from mergekit_obim.calibration.spec import read_experts
+    from mergekit_obim.recipe import recipe_faults
+    from mergekit_obim.recipe.document import read_document
+    from mergekit_obim.recipe.experts import find_experts
+    from mergekit_obim.recipe.faults import fold, raise_errors, warnings_of
 
-    experts = read_experts(recipe, _overrides(options), only=options.pop("model"))
+    document, only = read_document(config), options.pop("model")
+    found = find_experts(document, _overrides(options), only)
+    # What needs no mergekit to be seen is told at once; the parameters' turn comes once it is here.
+    raise_errors([*recipe_faults(document), *found.faults, *found.uncalibrated.values()])
 
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import measure, prepare_expert
+    from mergekit_obim.planned import read_recipe
 
     ranks = ranks or Ranks()
+    recipe, experts = document.content, found.measured
     run_options = _run_options(recipe, options, ranks.local)
-    if faults := checking.recipe_faults(recipe):
-        raise RecipeError("; ".join(faults))
+    faults = [*read_recipe(document)[1], *found.faults]
+    raise_errors(faults)
+    for fault in fold(warnings_of(faults)) if ranks.first else ():
+        click.echo(f"Warning: {fault}", err=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -251,25 +263,6 @@ def _device(asked: str | None, number: int) -> str:
             "--device out to take what there is"
         ) from error
     return device
-
-
-def read_recipe(path: Path) -> Mapping[str, Any]:
-    """A recipe as YAML has it.
-
-    Raises:
-        RecipeError: It is not YAML, or no mapping.
-    """
-    import yaml
-
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
-    if not isinstance(recipe, dict):
-        raise RecipeError(
-            f"{path}: not a recipe: it should be a mapping with merge_method and models"
-        )
-    return recipe
 
 
 def _summary(measured: Measured) -> str:
