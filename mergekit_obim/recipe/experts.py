@@ -113,7 +113,9 @@ def find_experts(
             if not wrong and entries_of(whole):
                 wrong = list(_faults(document, part.path, raw, whole, label))
             elif not wrong:
-                uncalibrated[model] = _no_data(document, part)
+                # Where the key is misspelt, that is told of the key.
+                if not nearest("calibration", set(map(str, part.content)) - {"calibration"}):
+                    uncalibrated[model] = _no_data(document, part)
                 continue
             faults += wrong
             if not wrong and not wrong_options:

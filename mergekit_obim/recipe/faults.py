@@ -101,22 +101,23 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
 
 
 def fold(faults: Iterable[Fault]) -> list[Fault]:
-    """Say once what was found many times, in the order in which it was found.
+    """Say once what was found in many tensors, in the order in which it was found.
 
-    The same fault of many tensors becomes that of the first, with the number of the others.
+    The same fault of many tensors becomes that of the first; densities that sum to over 1 become
+    those that sum to most. Each says how many more tensors there are.
     """
-    first: dict[str, Fault] = {}
-    tensors: dict[str, set[str | None]] = {}
+    groups: dict[str, list[Fault]] = {}
     for fault in faults:
         what = fault.message.replace(fault.tensor, "") if fault.tensor else fault.message
-        first.setdefault(what, fault)
-        tensors.setdefault(what, set()).add(fault.tensor)
-    return [
-        replace(fault, message=f"{fault.message} (and {len(tensors[what]) - 1} more tensors)")
-        if len(tensors[what]) > 1
-        else fault
-        for what, fault in first.items()
-    ]
+        groups.setdefault(fault.kind if fault.kind == "densities" else what, []).append(fault)
+    return [_folded(group) for group in groups.values()]
+
+
+def _folded(group: list[Fault]) -> Fault:
+    worst = max(group, key=lambda fault: fault.amount or 0)  # the first, if all are alike
+    more = len({fault.tensor for fault in group}) - 1
+    message = f"{worst.message} (and {more} more tensors)" if more else worst.message
+    return replace(worst, message=message)
 
 
 def errors_of(faults: Iterable[Fault]) -> list[Fault]:

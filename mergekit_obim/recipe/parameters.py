@@ -143,8 +143,8 @@ def share_warnings(document: Document, parts: Sequence[Part], method: Method) ->
     if len(weights) == len(found) and weights and 0 < min(weights) <= _SHARE:
         told = ", ".join(f"{weight:g}" for weight in dict.fromkeys(weights))
         message = (
-            f"weight: {told} look like shares of a sum, which {method.name} does not make: an "
-            "element is one expert's, and becomes base + weight · δ; leave weight out to take the "
-            "expert's own element"
+            f"the weights ({told}) look like shares of a sum, which {method.name} does not make: "
+            "an element is one expert's, and becomes base + weight · δ; leave weight out to take "
+            "the expert's own element"
         )
         yield Fault("shares", message, places[0], level="warning", others=tuple(places[1:]))
