@@ -149,3 +149,51 @@ def test_what_ours_have_of_theirs_is_not_ignored() -> None:
     assert [fault.message for fault in faults] == [
         "ties_obm ignores parameters of other merge methods: int8_mask"
     ]
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_mended(path: Path, tmp_path: Path) -> None:
+    """``--fix`` writes what runs, keeps comments and order, and leaves the recipe alone."""
+    text = swapped(path, "obim")
+    recipe, new = tmp_path / "swapped.yml", tmp_path / "new.yml"
+    recipe.write_text(text)
+    result = commands.obim_saliency("--check", recipe, "--fix", new, *OPTIONS[:2])
+    assert recipe.read_text() == text
+    mended = new.read_text()
+    comments = [line for line in text.splitlines() if line.lstrip().startswith("#")]
+    assert [line for line in mended.splitlines() if line.lstrip().startswith("#")] == comments
+    keys = [list(yaml.safe_load(one)) for one in (text, mended)]
+    assert keys[1] == [{"dype": "dtype"}.get(k, k) for k in keys[0] if k not in STRAY]
+    if path.stem == "24-linear-four-heads":  # whose base nobody but the user can know
+        assert result.exit_code == 1
+        says(result.stdout, "no base_model", "1 error")
+        return
+    assert result.exit_code == 0, result.output
+    checked = commands.obim_saliency("--check", new, *OPTIONS[:2])
+    assert checked.exit_code == 0
+    for unusual in ("ignores parameters", "shares of a sum", "asks the Hub"):
+        assert unusual not in checked.stdout
+    # Without --no-write-model-card too, and without a network.
+    succeed(commands.mergekit_yaml(new, tmp_path / "merged", *OPTIONS[:2], "--quiet"))
+
+
+# Parameters of other methods among the keys of the recipe.
+STRAY = ("select_topk", "int8_mask")
+
+
+def test_what_was_changed_is_said_with_the_reason(tmp_path: Path) -> None:
+    (path,) = (path for path in RECIPES if path.stem.startswith("02"))
+    recipe = tmp_path / "swapped.yml"
+    recipe.write_text(swapped(path, "obim"))
+    result = succeed(commands.obim_saliency("--check", recipe, "--fix", tmp_path / "new.yml"))
+    changed = [line for line in result.stdout.splitlines() if line.startswith("Changed: ")]
+    assert len(changed) == 4
+    says(changed[0], "parameters.int8_mask taken out", "other merge methods")
+    says(changed[1], "models[1].parameters.weight: 0.4 taken out; models[2]", "share of a sum")
+    says(changed[2], "base_model: base → ./base; models[0].model: base → ./base", "the Hub")
+    says(changed[3], "models[1].parameters.density: 0.53 → 0.3333;", "summed to 1.59")
+    new = yaml.safe_load((tmp_path / "new.yml").read_text())
+    assert [model.get("parameters") for model in new["models"]] == [
+        None,
+        *[{"density": 0.3333}] * 3,
+    ]

@@ -480,9 +480,11 @@ def _kept(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> SaliencyFile
             return None
         raise SaliencyFileError(f"model {wanted.model}: {error.message}") from error
     has, wants = there.metadata, wanted
-    differing = [
+    # `./math` and `math` are one model, as they are to the merge.
+    differing = ["model"] * (saliency_file_name(has.model) != saliency_file_name(wants.model))
+    differing += [
         name
-        for name in ("model", "revision", "form", "fingerprint")
+        for name in ("revision", "form", "fingerprint")
         if getattr(has, name) != getattr(wants, name)
     ]
     differing += [

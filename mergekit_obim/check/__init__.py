@@ -35,9 +35,11 @@ from mergekit_obim.errors import ObimError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.relation import relate
 from mergekit_obim.planned import read_recipe
-from mergekit_obim.recipe import Document
+from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_local_file
+from mergekit_obim.recipe.document import parse
 from mergekit_obim.recipe.experts import Expert, find_experts
+from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
 
 
 def doubts(
@@ -55,6 +57,38 @@ def doubts(
         relation = relate(str(base), weights, experts)
         yield from relation.faults()
         yield from relation.doubts()
+
+
+def fix(
+    text: str,
+    out_dir: Path | None,
+    options: RunOptions,
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> tuple[str, Verdict]:
+    """Put a recipe right as far as it is clear what was meant, and check what it has become.
+
+    Args:
+        text: The recipe, as YAML.
+        out_dir: And all else as of :func:`check`.
+
+    Returns:
+        The new text, the same if nothing is to be changed; and the verdict on it, with the changes.
+    """
+
+    def wrong(document: Document) -> Iterator[Fault]:
+        yield from read_recipe(document)[1]
+        yield from find_experts(document, overrides, only).faults
+        yield from path_warnings(document)
+
+    text, changes = mend(text, wrong)
+    verdict = check(parse(text)[0], out_dir, options, overrides, only)
+    if verdict.densities is not None:  # what it takes the models' tensors to see
+        text, more = scale_densities(text, verdict.densities)
+        verdict = check(parse(text)[0], out_dir, options, overrides, only)
+        changes += more
+    verdict.changes = told(changes)
+    return text, verdict
 
 
 def check(
@@ -77,7 +111,7 @@ def check(
     verdict = Verdict()
     recipe, found = document.content, find_experts(document, overrides, only)
     config, faults = read_recipe(document)
-    verdict.add([*faults, *found.faults])
+    verdict.add([*faults, *found.faults, *path_warnings(document)])
     if config is None:
         verdict.add(found.uncalibrated.values())
         return verdict

@@ -214,7 +214,7 @@ def check_plan(
             if out_dir is None:
                 verdict.errors.append(fault.message)
         elif not (out_dir and options.overwrite and fault.error is SaliencyFileError):
-            verdict.errors.append(fault.message)
+            verdict.add([fault])
     setting = (config.parameters or {}).get("saliency")
     if out_dir and isinstance(setting, str) and Path(setting).resolve() != out_dir.resolve():
         verdict.warnings.append(

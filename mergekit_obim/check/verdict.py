@@ -23,6 +23,8 @@ class Verdict:
         distances: ‖δ‖ / ‖θ_B‖ of each expert, from a sample of the matrices.
         cosines: Of each two experts' task vectors, from the same sample.
         cost: Of both commands, as far as it can be said.
+        changes: What `--fix` put right in the recipe that was checked, and why; a line each.
+        densities: The most that one tensor's densities sum to, where that is over 1.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -31,10 +33,14 @@ class Verdict:
     distances: dict[str, float] = field(default_factory=dict)
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+    densities: float | None = None
 
     def add(self, faults: Iterable[Fault]) -> None:
         """Tell of faults, those of many tensors once."""
         for fault in fold(faults):
+            if fault.kind == "densities":
+                self.densities = fault.amount
             (self.errors if fault.level == "error" else self.warnings).append(str(fault))
 
     def to_json(self) -> str:
@@ -43,7 +49,8 @@ class Verdict:
 
     def lines(self) -> list[str]:
         """For people: a line each."""
-        lines = [f"Error: {line}" for line in self.errors]
+        lines = [f"Changed: {line}" for line in self.changes]
+        lines += [f"Error: {line}" for line in self.errors]
         lines += [f"Warning: {line}" for line in self.warnings]
         for fallback in self.fallbacks:
             for reason, count in Counter(fallback["tensors"].values()).items():

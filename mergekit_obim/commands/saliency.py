@@ -29,7 +29,7 @@ else:
 _GROUPS = {
     "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
     "Output": ("dense", "overwrite", "quiet", "verbosity"),
-    "Check": ("check", "as_json"),
+    "Check": ("check", "fixed", "as_json"),
     "Hardware": ("device", "device_map", "max_memory"),
     "Storage": ("transformers_cache", "lora_merge_cache"),
     "Dangerous Options": ("trust_remote_code",),
@@ -119,6 +119,13 @@ class DeviceMemory(ParamType):
     help="Measure nothing: tell all that is wrong with the recipe. With OUT_DIR, before the "
     "pre-pass; without, before the merge",
 )
+@click.option(
+    "--fix",
+    "fixed",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="NEW",
+    help="With --check: write a recipe in which all is put right that is clear, and say what",
+)
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
 @click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
@@ -137,7 +144,14 @@ class DeviceMemory(ParamType):
     "--trust-remote-code", is_flag=True, help="Trust remote code from huggingface repos (danger)"
 )
 @click.version_option(__version__)
-def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **options: Any) -> None:
+def main(
+    config: Path,
+    out_dir: Path | None,
+    check: bool,
+    fixed: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure the saliency of every expert in a merge recipe.
 
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
@@ -145,14 +159,14 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
-    if as_json and not check:
-        raise click.UsageError("--json does nothing without --check")
+    if (as_json or fixed) and not check:
+        raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
     if out_dir is None and not check:
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
     if check:
-        _check(config, out_dir, as_json, options)
+        _check(config, out_dir, fixed, as_json, options)
     elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
         _measure(config, out_dir, options)
     else:
@@ -162,18 +176,43 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
             _measure(config, out_dir, options, ranks)
 
 
-def _check(config: Path, out_dir: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+def _check(
+    config: Path, out_dir: Path | None, fixed: Path | None, as_json: bool, options: dict[str, Any]
+) -> None:
     """What the command does with --check."""
     from mergekit_obim.recipe.document import read_document
 
     document, overrides, only = read_document(config), _overrides(options), options.pop("model")
+    if fixed and fixed.exists() and fixed.samefile(config):
+        raise RecipeError(f"--fix {fixed}: is the recipe itself: name another file")
+    if fixed and fixed.exists() and not options["overwrite"]:
+        raise RecipeError(f"--fix {fixed}: is there already: name another file, or --overwrite")
 
     from mergekit_obim import check as checking
 
     run_options = _run_options(document.content, options)
-    verdict = checking.check(document, out_dir, run_options, overrides, only)
+    if fixed is None:
+        verdict = checking.check(document, out_dir, run_options, overrides, only)
+    else:
+        text = config.read_bytes().decode()  # with the line ends that it has
+        text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
+        write = bool(verdict.changes) or not verdict.errors
+        if write:
+            _write(fixed, text)
+        told = "written" if write else "not written: nothing could be put right by itself"
+        click.echo(f"{fixed}: {told}", err=True)
     click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
     click.get_current_context().exit(1 if verdict.errors else 0)
+
+
+def _write(path: Path, text: str) -> None:
+    from mergekit_obim.saliency.file import atomic_write
+
+    try:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 def _measure(

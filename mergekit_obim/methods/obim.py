@@ -99,7 +99,7 @@ class Obim(ExpertMethod):
                 "densities",
                 f"tensor {output}: the densities sum to {sum(densities):.4g}, over 1 ({listed}; "
                 f"left out means 1/{len(inputs)}): experts share each tensor's positions, so "
-                "lower them",
+                "lower them, or have `obim-saliency --check RECIPE --fix NEW` do it",
                 tensor=output,
                 amount=sum(densities),
             )

@@ -40,8 +40,14 @@ from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
 from mergekit_obim.models.relation import relate
 from mergekit_obim.recipe import Document, Fault, Method, recipe_faults
-from mergekit_obim.recipe.edit import remove, rename, setting_path
-from mergekit_obim.recipe.faults import Kind, errors_of, fault_of, raise_errors, warnings_of
+from mergekit_obim.recipe.faults import (
+    Kind,
+    errors_of,
+    fault_of,
+    raise_errors,
+    setting_path,
+    warnings_of,
+)
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import check_measured_on
 
@@ -356,11 +362,13 @@ def _without(config: Any, faults: Iterable[Fault]) -> Any:
         return config
     content = _written(config)
     for fault in wrong:
-        path = setting_path(fault.place.path)
-        if fault.kind == "value":
-            remove(content, path)
-        elif fault.nearest:
-            rename(content, path, fault.nearest)
+        *steps, name = setting_path(fault.place.path)
+        settings = content
+        for step in steps:
+            settings = settings[step]
+        value = settings.pop(name, None)
+        if fault.nearest and value is not None:
+            settings.setdefault(fault.nearest, value)
     return type(config).model_validate(content)
 
 

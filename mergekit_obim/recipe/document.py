@@ -5,7 +5,7 @@ PyYAML reads it, as it does in mergekit, so both see the same recipe.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import Any
@@ -56,7 +56,7 @@ def read_documents(path: FilePath) -> list[Document]:
         RecipeError: It is not YAML, or holds something that is no mapping.
     """
     try:
-        documents = list(_parse(path.read_text(encoding="utf-8")))
+        documents = parse(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
     if not documents or not all(isinstance(one.content, Mapping) for one in documents):
@@ -80,15 +80,22 @@ def read_document(path: FilePath) -> Document:
     return documents[0]
 
 
-def _parse(text: str) -> Iterator[Document]:
+def parse(text: str) -> list[Document]:
+    """The documents of a YAML text, whatever they are.
+
+    Raises:
+        yaml.YAMLError: It is no YAML.
+    """
     loader = yaml.SafeLoader(text)
+    documents = []
     while loader.check_node():
         node = loader.get_node()
         lines: dict[Path, int] = {}
         twice: list[Place] = []
         if node is not None:
             _note_lines(node, (), lines, twice)
-        yield Document(loader.construct_document(node), lines, tuple(twice))
+        documents.append(Document(loader.construct_document(node), lines, tuple(twice)))
+    return documents
 
 
 def _note_lines(

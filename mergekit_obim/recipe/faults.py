@@ -100,6 +100,15 @@ def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
+def setting_path(path: Path) -> Path:
+    """Of a path into a parameter's value, the part that leads to the parameter.
+
+    >>> setting_path(("models", 1, "parameters", "density", 0, "value"))
+    ('models', 1, 'parameters', 'density')
+    """
+    return path[: path.index("parameters") + 2]
+
+
 def fold(faults: Iterable[Fault]) -> list[Fault]:
     """Say once what was found in many tensors, in the order in which it was found.
 

@@ -64,7 +64,7 @@ def parameter_faults(
         if name in foreign:
             yield Fault("foreign", name, document.place(*path), level="warning")
         elif name not in method.parameters:
-            near = nearest(name, method.parameters) or nearest(name, foreign)
+            near = nearest(name, [*method.parameters, *sorted(foreign)])
             hint = (
                 f"did you mean {near}?"
                 if near
