@@ -21,7 +21,7 @@ from mergekit_obim.kernels.kinship import Moments, moments
 from mergekit_obim.models.adapters import merged
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import block_of
-from mergekit_obim.models.references import written_in_two_ways
+from mergekit_obim.recipe.references import written_in_two_ways
 
 # Files are let go of after so many bytes were read, as their pages count as this process's.
 _OPEN_BYTES = 1 << 28

@@ -116,7 +116,10 @@ def succeed(result: Result) -> Result:
 
 
 def refusal(result: Result | subprocess.CompletedProcess[str]) -> str:
-    """The one line that the command ended with, having made sure that it ended as it should."""
+    """The error that the command ended with, having made sure that it ended as it should.
+
+    One line; of several errors their number, and then a line each.
+    """
     if isinstance(result, Result):
         code, text = result.exit_code, result.stderr
         if not isinstance(result.exception, SystemExit):
@@ -127,10 +130,12 @@ def refusal(result: Result | subprocess.CompletedProcess[str]) -> str:
     assert "Traceback" not in text
     # A progress bar draws itself anew after each carriage return.
     lines = [line for line in re.split(r"[\r\n]", text) if line.strip()]
-    errors = [line for line in lines if line.startswith("Error: ")]
+    errors = [number for number, line in enumerate(lines) if line.startswith("Error: ")]
     assert len(errors) == 1, text
-    assert lines[-1] == errors[0], text
-    return errors[0]
+    first, *rest = lines[errors[0] :]
+    assert first == f"Error: the recipe has {len(rest)} errors:" if rest else ":" in first, text
+    assert all(line.startswith("  ") for line in rest), text
+    return "\n".join([first, *rest])
 
 
 def says(message: str, *words: object) -> None:

@@ -23,6 +23,7 @@ ROOMS = {
     "mergekit_obim": {"mergekit", "mergekit_obim.methods"},  # only once `register` is called
     "mergekit_obim._autoload": {"mergekit_obim"},
     "mergekit_obim.errors": {"click"},
+    "mergekit_obim.recipe": {"pydantic", "yaml", "mergekit_obim.errors"},
     "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
     "mergekit_obim.saliency": {
         *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim.errors"),
@@ -30,25 +31,27 @@ ROOMS = {
     "mergekit_obim.models": {
         *("huggingface_hub", "mergekit", "safetensors", "torch", "transformers"),
         *("filelock", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.saliency"),
+        *("mergekit_obim.kernels", "mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
     "mergekit_obim.calibration": {
         *("accelerate", "datasets", "mergekit", "numpy", "PIL", "pyarrow", "pydantic"),
-        *("safetensors", "torch", "tqdm", "transformers", "yaml", "mergekit_obim"),
+        *("safetensors", "torch", "tqdm", "transformers", "mergekit_obim"),
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        "mergekit_obim.saliency",
+        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
     "mergekit_obim.methods": {
         *("huggingface_hub", "mergekit", "numpy", "pydantic", "torch"),
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        "mergekit_obim.saliency",
+        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
     "mergekit_obim.planned": {
-        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors", "mergekit_obim.models"),
+        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"),
+        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.recipe"),
     },
     "mergekit_obim.kinship": {
         *("mergekit", "torch", "tqdm", "yaml", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.saliency"),
+        *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.recipe"),
+        "mergekit_obim.saliency",
     },
     "mergekit_obim.report": {
         *("huggingface_hub", "jinja2", "matplotlib", "mergekit", "numpy", "torch", "yaml"),
@@ -61,7 +64,7 @@ ROOMS = {
         *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
         *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
         *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.planned"),
-        "mergekit_obim.saliency",
+        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
 }
 EVERYTHING = {"mergekit_obim.commands"}
@@ -135,6 +138,12 @@ def test_kernels_know_neither_mergekit_nor_transformers() -> None:
     loaded = load("".join(f"import {name}\n" for name in kernels))
     assert "torch" in loaded
     assert not loaded & {"datasets", "mergekit", "transformers"}
+
+
+def test_reading_a_recipe_is_light() -> None:
+    """So that a misspelt one is told at once."""
+    recipe = [name for name in MODULES if name.startswith("mergekit_obim.recipe")]
+    assert not load("".join(f"import {name}\n" for name in recipe)) & HEAVY
 
 
 def test_merging_loads_no_calibration() -> None:

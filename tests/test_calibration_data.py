@@ -19,8 +19,8 @@ from mergekit_obim.calibration.data.drawing import sample_order
 from mergekit_obim.calibration.data.rows import load_rows
 from mergekit_obim.calibration.data.text import row_input
 from mergekit_obim.calibration.data.tokens import content_hash, next_batch, pack, tokenize
-from mergekit_obim.calibration.spec import Calibration, DataSource
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration, DataSource
 from tiny_tokenizers import BOS, CHAT_TEMPLATE, EOS, byte_ids, byte_tokenizer
 
 ROWS = [{"text": "one"}, {"text": "two, with \u2028 and é"}, {"text": 'three "quoted"'}]

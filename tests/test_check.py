@@ -20,7 +20,7 @@ import checkpoints
 import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim.calibration import run
-from mergekit_obim.check import keys
+from mergekit_obim.recipe import Document, recipe_faults
 from mergekit_obim.saliency.locate import locate
 
 Q_PROJ = "model.layers.1.self_attn.q_proj.weight"
@@ -51,7 +51,7 @@ def check(tmp_path: Path) -> Check:
         assert isinstance(result.exception, SystemExit | None), result.exception
         assert commands.contents(tmp_path) == before
         lines = result.stdout.splitlines()
-        faults = [line for line in lines if line.startswith("Fault: ")]
+        faults = [line for line in lines if line.startswith("Error: ")]
         assert result.exit_code == bool(faults), result.output
         return faults, [line for line in lines if line.startswith("Warning: ")]
 
@@ -100,7 +100,7 @@ def test_a_sound_recipe_has_no_fault(world: World, tmp_path: Path, check: Check)
     assert check(world.recipe()) == ([], [])
     verdict = as_json(tmp_path, world.recipe())
     assert verdict["ok"]
-    assert verdict["faults"] == verdict["warnings"] == verdict["fallbacks"] == []
+    assert verdict["errors"] == verdict["warnings"] == verdict["fallbacks"] == []
     whole = []
     for expert in world.experts:
         tensors = [checkpoints.read_checkpoint(folder) for folder in (expert, world.base)]
@@ -208,22 +208,24 @@ def test_a_fault_of_the_recipe(
 
 
 def test_an_unknown_key_that_is_like_none_is_only_named() -> None:
-    recipe = {"merge_method": "obim", "note_to_self": 1, "models": [{"model": "a", "licence": 2}]}
-    misspelt, others = keys.unknown_keys(recipe)
-    assert misspelt == []
-    assert len(others) == 2
-    says(others[0], "note_to_self")
-    says(others[1], "model a", "licence", "calibration")
+    recipe = {"base_model": "b", "note": 1, "models": [{"model": "a", "licence": 2}]}
+    faults = list(recipe_faults(Document(recipe)))
+    assert [fault.level for fault in faults] == ["warning", "warning"]
+    says(faults[0].message, "the recipe", "'note'")
+    says(faults[1].message, "model a", "'licence'", "calibration")
 
 
 def test_keys_are_known_wherever_mergekit_reads_them(world: World) -> None:
     source = {"model": "a", "layer_range": [0, 1], "parameters": {}, "calibration": "a.txt"}
     part = {"slices": [{"sources": [source], "base_model": "b", "parameters": {}}]}
     recipe = {**world.recipe(models=None), **part, "tokenizer": {"source": "base"}}
-    assert keys.unknown_keys(recipe) == ([], [])
-    assert keys.unknown_keys({"modules": {"text": {**part, "parameters": {}}}}) == ([], [])
-    misspelt, _ = keys.unknown_keys({"modules": {"text": {"slice": []}}})
-    only(misspelt, "modules.text", "'slice'", "slices")
+    assert not list(recipe_faults(Document(recipe)))
+    modules = {"modules": {"text": {**part, "parameters": {}}}}
+    assert not list(recipe_faults(Document(modules)))
+    modules["modules"]["text"]["slice"] = []
+    [fault] = recipe_faults(Document(modules))
+    says(fault.message, "modules.text", "'slice'", "slices")
+    assert str(fault.place) == "modules.text.slice"
 
 
 # --- what is wrong with the models --------------------------------------------------------

@@ -75,7 +75,7 @@ def test_help_is_grouped_and_loads_nothing_heavy() -> None:
     options = {
         "Calibration": "--samples --max-length --batch-size --seed --dtype --model",
         "Output": "--dense --overwrite --quiet -v",
-        "Check": "--check --json",
+        "Check": "--check --fix --json",
         "Hardware": "--device --device-map --max-memory",
         "Storage": "--transformers-cache --lora-merge-cache",
         "Dangerous Options": "--trust-remote-code",
@@ -92,7 +92,7 @@ def test_a_faulty_recipe_is_told_before_anything_heavy_is_loaded(tmp_path: Path)
     recipe = {"base_model": "base", "models": [{"model": "a", "calibraton": "a.txt"}]}
     path = commands.write_recipe(tmp_path, recipe)
     done, loaded = alone(str(path), str(tmp_path / "out"))
-    commands.says(commands.refusal(done), "did you mean 'calibration'")
+    commands.says(commands.refusal(done), "'calibraton'", "did you mean calibration?")
     assert not loaded & (HEAVY - {"pydantic"})
 
 

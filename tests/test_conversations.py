@@ -18,8 +18,8 @@ import commands
 from commands import obim_saliency, refusal, says, succeed, write_recipe, write_rows
 from mergekit_obim.calibration.data import TokenizedCalibration, prepare
 from mergekit_obim.calibration.data.text import row_input
-from mergekit_obim.calibration.spec import Calibration, DataSource
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration, DataSource
 from tiny_tokenizers import byte_tokenizer
 
 MESSAGES = [{"role": "user", "content": "hel'lo\n"}, {"role": "assistant", "content": "yo"}]

@@ -49,12 +49,14 @@ from commands import (
     write_recipe,
 )
 from mergekit_obim.calibration.data.text import INPUT_FIELDS
-from mergekit_obim.calibration.spec import FILE_SUFFIXES, Calibration, DataSource, read_experts
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
 from mergekit_obim.commands import saliency as cli
 from mergekit_obim.methods import METHODS
 from mergekit_obim.methods.parameters import PLANNED
+from mergekit_obim.recipe import Document
+from mergekit_obim.recipe.calibration import FILE_SUFFIXES, Calibration, DataSource
+from mergekit_obim.recipe.experts import find_experts
 from mergekit_obim.saliency.file import SaliencyMetadata
 from planning import plan
 from tiny_processors import write_charts
@@ -200,7 +202,9 @@ class Reader:
         assert plan(self._laid_over(block)).tasks
 
     def _experts(self, block: Block) -> None:
-        assert read_experts(self._laid_over(block))
+        found = find_experts(Document(self._laid_over(block)))
+        assert found.measured
+        assert not found.faults
 
     def _options(self, block: Block) -> None:
         for line in block.text.splitlines():

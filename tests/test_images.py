@@ -31,8 +31,8 @@ from mergekit_obim.calibration.data.images import (
 )
 from mergekit_obim.calibration.data.tokens import next_batch
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.saliency.file import saliency_file_name
 from square_gradients import SquareGradients
 from tiny_processors import CHAT_TEMPLATE as PARTS_TEMPLATE

@@ -433,6 +433,43 @@ def test_mergekit_pytorch_is_the_reference(name: str, family: Family, tmp_path: 
     assert_same(merged, expected_merge(family, case))
 
 
+@pytest.mark.parametrize("method", [method.spec.name for method in METHODS])
+def test_a_base_that_is_listed_among_the_models_is_no_expert(
+    method: str, family: Family, tmp_path: Path
+) -> None:
+    """mergekit's convention. Densities, the order and every ranking by chance stay the same."""
+    shared: dict[str, Any] = {}
+    if next(m for m in METHODS if m.spec.name == method).reads_saliency:
+        shared["saliency"] = str(family.factored)
+    if method in ("obim", "ties_obm"):
+        shared["criterion"] = [{"filter": "norm", "value": "random"}, {"value": "saliency"}]
+    config = recipe(family, method=method, shared=shared)
+    expected = merge(config, tmp_path / "without")
+    for place in range(len(family.experts) + 1):
+        listed = {**config, "models": list(config["models"])}
+        listed["models"].insert(place, {"model": str(family.base), "parameters": {"weight": 0.2}})
+        assert_same(merge(listed, tmp_path / f"with{place}"), expected)
+
+
+def test_a_base_that_is_listed_is_no_expert_of_mergekit_pytorch(
+    family: Family, tmp_path: Path
+) -> None:
+    config: dict[str, Any] = {
+        "merge_method": "obim",
+        "base_model": str(family.base / "model.safetensors"),
+        "models": [{"model": str(m / "model.safetensors")} for m in (family.base, *family.experts)],
+        "parameters": {"criterion": "magnitude"},
+    }
+    for name in ("with", "without"):
+        path = tmp_path / f"{name}.yml"
+        path.write_text(yaml.safe_dump(config))
+        result = CliRunner().invoke(mergekit_pytorch, [str(path), str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        del config["models"][0]
+    merged = [checkpoints.read_checkpoint(tmp_path / name) for name in ("with", "without")]
+    assert_same(*merged)
+
+
 def test_registering_again_changes_nothing() -> None:
     before = {method.spec.name: method for method in merge_methods.registered_methods()}
     register()

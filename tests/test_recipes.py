@@ -23,7 +23,9 @@ from transformers import (
 )
 
 from commands import mergekit_yaml, obim_saliency, succeed
-from mergekit_obim.calibration.spec import Calibration, read_experts
+from mergekit_obim.recipe import Document
+from mergekit_obim.recipe.calibration import Calibration
+from mergekit_obim.recipe.experts import find_experts
 from mergekit_obim.saliency.file import saliency_file_name
 from planning import Planned, plan
 from tiny_tokenizers import byte_tokenizer
@@ -132,7 +134,7 @@ def test_the_recipe_is_planned_without_complaint(
         save_adapter(llama(), in_folder / adapter)
 
     recipe = yaml.safe_load(text)
-    experts = read_experts(recipe)
+    experts = find_experts(Document(recipe)).measured
     assert len(experts) == len(recipe["models"])
     for expert in experts:
         assert isinstance(expert.calibration, Calibration)

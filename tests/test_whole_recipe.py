@@ -10,11 +10,11 @@ from typing import Any
 import huggingface_hub
 import mergekit.card
 import pytest
+from mergekit_obim.methods.recipes import _asks_the_hub
 
 import commands
 from commands import World, refusal, says, succeed
-from mergekit_obim.methods.recipes import _asks_the_hub
-from mergekit_obim.models.references import identity, written_in_two_ways
+from mergekit_obim.recipe.references import identity, written_in_two_ways
 
 
 @pytest.fixture(autouse=True)

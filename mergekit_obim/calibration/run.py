@@ -26,7 +26,6 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
-from mergekit_obim.calibration.spec import Calibration, Expert
 from mergekit_obim.errors import (
     CalibrationError,
     ObimError,
@@ -38,7 +37,9 @@ from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.loaded import check_loaded
 from mergekit_obim.models.names import stored_parts, weight_names
 from mergekit_obim.models.opened import OpenModel, open_model, refuse_code
-from mergekit_obim.models.references import identity
+from mergekit_obim.recipe.calibration import Calibration
+from mergekit_obim.recipe.experts import Expert
+from mergekit_obim.recipe.references import identity
 from mergekit_obim.saliency.file import (
     SaliencyFile,
     SaliencyMetadata,

@@ -1,6 +1,5 @@
 """What would go wrong with a recipe, all of it, before anything is loaded.
 
-``keys``      the recipe as it is written
 ``adapters``  what its adapters are to their models
 ``models``    what its models are to each other, and what the planner makes of them
 ``estimate``  what it will cost
@@ -16,35 +15,28 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from mergekit import merge_methods
 from mergekit.common import ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
-from mergekit_obim.calibration.spec import Expert, find_experts, is_here
 from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
-from mergekit_obim.check.keys import method_of, unknown_keys, wrong_settings
 from mergekit_obim.check.models import check_models, check_plan, experts_of
 from mergekit_obim.check.verdict import Verdict
-from mergekit_obim.errors import ObimError, one_line
+from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod
-from mergekit_obim.methods.recipes import card_doubts
 from mergekit_obim.models.inspection import Opened
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import read_config
-
-
-def recipe_faults(recipe: Mapping[str, Any]) -> list[str]:
-    """The cheap part, for the pre-pass: keys and parameters, from the recipe alone."""
-    faults, _ = unknown_keys(recipe)
-    try:
-        config = read_config(recipe)
-        return [*faults, *wrong_settings(config, method_of(config))]
-    except (ObimError, ValueError) as error:
-        return [*faults, one_line(error)]
+from mergekit_obim.planned import read_recipe
+from mergekit_obim.recipe import Document, Fault
+from mergekit_obim.recipe.calibration import is_here
+from mergekit_obim.recipe.document import parse
+from mergekit_obim.recipe.experts import Expert, find_experts
+from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
 
 
 def doubts(
@@ -59,8 +51,40 @@ def doubts(
     yield from relation.doubts()
 
 
+def fix(
+    text: str,
+    out_dir: Path | None,
+    options: RunOptions,
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> tuple[str, Verdict]:
+    """Put a recipe right as far as it is clear what was meant, and check what it has become.
+
+    Args:
+        text: The recipe, as YAML.
+        out_dir: And all else as of :func:`check`.
+
+    Returns:
+        The new text, the same if nothing is to be changed; and the verdict on it, with the changes.
+    """
+
+    def wrong(document: Document) -> Iterator[Fault]:
+        yield from read_recipe(document)[1]
+        yield from find_experts(document, overrides, only).faults
+        yield from path_warnings(document)
+
+    text, changes = mend(text, wrong)
+    verdict = check(parse(text)[0], out_dir, options, overrides, only)
+    if verdict.densities is not None:  # what it takes the models' tensors to see
+        text, more = scale_densities(text, verdict.densities)
+        verdict = check(parse(text)[0], out_dir, options, overrides, only)
+        changes += more
+    verdict.changes = told(changes)
+    return text, verdict
+
+
 def check(
-    recipe: Mapping[str, Any],
+    document: Document,
     out_dir: Path | None,
     options: RunOptions,
     overrides: Mapping[str, Any] | None = None,
@@ -69,7 +93,7 @@ def check(
     """Check a recipe for the merge, or for the pre-pass before it.
 
     Args:
-        recipe: As ``yaml.safe_load`` gives it.
+        document: The recipe.
         out_dir: Where the pre-pass is going to write. Then a saliency file that it will make
             may be missing; otherwise the merge is to come, and calibration may be missing.
         options: Of the pre-pass.
@@ -77,36 +101,32 @@ def check(
         only: The experts to measure, all if empty.
     """
     verdict = Verdict()
-    misspelt, ignored = unknown_keys(recipe)
-    verdict.faults += misspelt
-    verdict.warnings += ignored
-    found = find_experts(recipe, overrides, only)
-    verdict.faults += found.faults
-    try:
-        config = read_config(recipe)
-        method = method_of(config)
-    except (ObimError, ValueError) as error:
-        verdict.faults += [*found.uncalibrated.values(), one_line(error)]
+    recipe, found = document.content, find_experts(document, overrides, only)
+    config, faults = read_recipe(document)
+    verdict.add([*faults, *found.faults, *path_warnings(document)])
+    if config is None:
+        verdict.add(found.uncalibrated.values())
         return verdict
-    verdict.faults += wrong_settings(config, method)
+    method = merge_methods.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         verdict.warnings.append(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
-    verdict.warnings += card_doubts(config)
     check_adapters(config, out_dir, options, verdict)
     opened = check_models(config, options, verdict)
     missing = check_plan(config, opened, out_dir, options, verdict)
     to_measure = [
-        expert for expert in found.experts if out_dir is not None or _names(missing, expert.model)
+        expert for expert in found.measured if out_dir is not None or _names(missing, expert.model)
     ]
-    for model, line in found.uncalibrated.items():
-        # Whose saliency is there needs no calibration any more.
-        if out_dir is not None or _names(missing, model):
-            verdict.faults.append(line)
+    # Whose saliency is there needs no calibration any more.
+    verdict.add(
+        fault
+        for model, fault in found.uncalibrated.items()
+        if out_dir is not None or _names(missing, model)
+    )
     tokens = _check_calibration(to_measure, recipe, opened, out_dir, options, verdict)
     _estimate(config, to_measure, tokens, opened.readable, options, verdict)
-    verdict.faults = list(dict.fromkeys(verdict.faults))
+    verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
     return verdict
 
@@ -149,7 +169,7 @@ def _check_calibration(
                     Ranks(),
                 )
             except ObimError as error:
-                verdict.faults.append(error.message)
+                verdict.errors.append(error.message)
                 continue
             verdict.warnings += [f"model {expert.model}: {w}" for w in prepared.data.warnings]
             tokens += 0 if prepared.kept else prepared.data.tokens

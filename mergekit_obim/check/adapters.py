@@ -9,7 +9,6 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.check.keys import settings_in
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.saliency import saliency_of
@@ -41,13 +40,13 @@ def check_adapters(
                 check_adapter(reference)
             verdict.warnings += doubts(reference)
         except ObimError as error:
-            verdict.faults.append(error.message)
+            verdict.errors.append(error.message)
             continue
         if not there.changed or (out_dir and options.overwrite):
             continue
         file = _saliency_file(config, reference, out_dir)
         if file and _was_measured_on(file, reference, there.folder):
-            verdict.faults.append(
+            verdict.errors.append(
                 f"{file.path} was measured on other weights than model {reference} has: "
                 f"{there.lacking}; measure this model with `obim-saliency RECIPE OUT_DIR "
                 "--overwrite`"
@@ -61,8 +60,9 @@ def _saliency_file(
     try:
         if out_dir:
             return SaliencyFile(out_dir / saliency_file_name(str(reference)))
-        found = {where: (given or {}).get("saliency") for where, given, _ in settings_in(config)}
-        setting = found.get(f"model {reference}") or found["parameters"]
+        own = [entry.parameters for entry in config.models or () if entry.model == reference]
+        given = [(settings or {}).get("saliency") for settings in (*own, config.parameters)]
+        setting = next(filter(None, given), None)
         return saliency_of(reference, setting) if isinstance(setting, str | None) else None
     except ObimError:
         return None  # the plan tells what is wrong with it, or it has yet to be made

@@ -15,7 +15,6 @@ from mergekit_obim.errors import (
     SaliencyFileError,
     SaliencyNotFoundError,
 )
-from mergekit_obim.methods.planning import finding_all
 from mergekit_obim.models.inspection import (
     Opened,
     inspect_absent,
@@ -24,7 +23,8 @@ from mergekit_obim.models.inspection import (
     open_models,
 )
 from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import plan
+from mergekit_obim.planned import look_through
+from mergekit_obim.recipe.faults import fold
 
 
 def experts_of(config: MergeConfiguration) -> list[ModelReference]:
@@ -39,7 +39,7 @@ def check_models(config: MergeConfiguration, options: RunOptions, verdict: Verdi
         try:
             verdict.note(inspect_absent(reference, options))
         except ObimError as error:
-            verdict.faults.append(error.message)
+            verdict.errors.append(error.message)
     verdict.note(opened.findings)
     base = config.base_model
     verdict.note(inspect_models(opened.models, base, options, aligned=is_aligned(config)))
@@ -53,7 +53,7 @@ def check_models(config: MergeConfiguration, options: RunOptions, verdict: Verdi
     }
     if alike:
         relation = relate(str(base), start.loader, alike)
-        verdict.faults += relation.faults()
+        verdict.errors += relation.faults()
         verdict.warnings += relation.doubts()
         verdict.distances = relation.sizes()
         verdict.cosines = relation.cosines()
@@ -69,7 +69,7 @@ def check_plan(
 ) -> list[str]:
     """Plan the merge; returns what is said of saliency files that are not there."""
     if len(opened.readable) < len(config.referenced_models()):
-        if not verdict.faults:
+        if not verdict.errors:
             verdict.warnings.append("the merge itself was not planned: not every model is here")
         return []
     merging = MergeOptions(
@@ -77,27 +77,22 @@ def check_plan(
         lora_merge_cache=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
     )
-    with finding_all() as findings:
-        try:
-            plan(config, merging, inspected=True)
-        except ObimError as error:
-            # What mergekit fails at in the end may come of what was found before.
-            if not (verdict.faults or findings.faults):
-                findings.add(error, None)
+    _, found = look_through(config, merging)
     missing = []
-    for fault, more in findings.faults.values():
-        line = fault.message + (f" (and {more} more tensors)" if more else "")
-        if isinstance(fault, SaliencyNotFoundError):
-            missing.append(line)
+    for fault in fold(found.tensors):
+        if fault.kind == "plan" and verdict.errors:
+            continue  # what mergekit fails at in the end may come of what was found before
+        if fault.error is SaliencyNotFoundError:
+            missing.append(fault.message)
             if out_dir is None:
-                verdict.faults.append(line)
-        elif not (out_dir and options.overwrite and isinstance(fault, SaliencyFileError)):
-            verdict.faults.append(line)
+                verdict.errors.append(fault.message)
+        elif not (out_dir and options.overwrite and fault.error is SaliencyFileError):
+            verdict.add([fault])
     setting = (config.parameters or {}).get("saliency")
     if out_dir and isinstance(setting, str) and Path(setting).resolve() != out_dir.resolve():
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
-    for (model, fate), tensors in findings.fallbacks.found.items():
+    for (model, fate), tensors in found.fallbacks.found.items():
         verdict.fallbacks.append({"model": model, "fate": fate, "tensors": tensors})
     return missing

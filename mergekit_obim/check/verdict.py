@@ -10,6 +10,7 @@ from typing import Any
 
 from mergekit_obim.check.estimate import Cost
 from mergekit_obim.models.findings import Finding
+from mergekit_obim.recipe.faults import Fault, fold
 
 
 @dataclass
@@ -17,34 +18,46 @@ class Verdict:
     """What a check found.
 
     Attributes:
-        faults: What makes one of the commands fail, or its result pointless; a line each.
+        errors: What makes one of the commands fail, or its result pointless; a line each.
         warnings: What is unusual, or was not looked at.
         fallbacks: Tensors that have no saliency: model, what becomes of them, tensors with why.
         distances: ‖δ‖ / ‖θ_B‖ of each expert, from a sample of the matrices.
         cosines: Of each two experts' task vectors, from the same sample.
         cost: Of both commands, as far as it can be said.
+        changes: What `--fix` put right in the recipe that was checked, and why; a line each.
+        densities: The most that one tensor's densities sum to, where that is over 1.
     """
 
-    faults: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
     distances: dict[str, float] = field(default_factory=dict)
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
     cost: dict[str, Cost] = field(default_factory=dict)
+    changes: list[str] = field(default_factory=list)
+    densities: float | None = None
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Tell of faults, those of many tensors once."""
+        for fault in fold(faults):
+            if fault.kind == "densities":
+                self.densities = fault.amount
+            (self.errors if fault.level == "error" else self.warnings).append(str(fault))
 
     def note(self, findings: Iterable[Finding]) -> None:
         """Add what was found of models."""
         for finding in findings:
-            lines = self.warnings if finding.severity == "warning" else self.faults
+            lines = self.warnings if finding.severity == "warning" else self.errors
             lines.append(finding.message)
 
     def to_json(self) -> str:
         """For machines: also whether it is all right."""
-        return json.dumps({"ok": not self.faults, **asdict(self)}, indent=2)
+        return json.dumps({"ok": not self.errors, **asdict(self)}, indent=2)
 
     def lines(self) -> list[str]:
         """For people: a line each."""
-        lines = [f"Fault: {line}" for line in self.faults]
+        lines = [f"Changed: {line}" for line in self.changes]
+        lines += [f"Error: {line}" for line in self.errors]
         lines += [f"Warning: {line}" for line in self.warnings]
         for fallback in self.fallbacks:
             for reason, count in Counter(fallback["tensors"].values()).items():
@@ -58,9 +71,9 @@ class Verdict:
                 f"{command}: about {_size(cost.disk)} of disk, {_size(cost.memory)} of memory, "
                 f"{_duration(cost.seconds)} (rough)"
             )
-        faults, warnings = len(self.faults), len(self.warnings)
+        errors, warnings = len(self.errors), len(self.warnings)
         lines.append(
-            f"{faults or 'no'} fault{'s' * (faults != 1)}, "
+            f"{errors or 'no'} error{'s' * (errors != 1)}, "
             f"{warnings or 'no'} warning{'s' * (warnings != 1)}"
         )
         return lines

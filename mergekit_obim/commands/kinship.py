@@ -16,8 +16,8 @@ from mergekit_obim.commands.options import (
     merge_options,
     shared_options,
 )
-from mergekit_obim.commands.saliency import read_recipe
 from mergekit_obim.errors import RecipeError
+from mergekit_obim.recipe.document import read_document
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
@@ -134,7 +134,7 @@ def _begin(
 
     if len(set(models)) < 2 or not base:
         raise click.UsageError("a new plan needs two or more MODELs, and --base")
-    template = dict(read_recipe(recipe)) if recipe else DEFAULT_TEMPLATE
+    template = dict(read_document(recipe).content) if recipe else DEFAULT_TEMPLATE
     extra = [key for key in ("models", "base_model", "slices", "modules") if key in template]
     if extra or "merge_method" not in template:
         raise RecipeError(

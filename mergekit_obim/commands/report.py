@@ -16,8 +16,8 @@ from mergekit_obim.commands.options import (
     merge_options,
     shared_options,
 )
-from mergekit_obim.commands.saliency import read_recipe
 from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.recipe.document import read_document
 
 
 @click.command("obim-card", cls=GroupedHelp, groups={"Input": ("recipe", "no_shares")})
@@ -43,7 +43,7 @@ def card(merged: Path, recipe: Path | None, no_shares: bool, **options: Any) -> 
             f"{merged}: has no mergekit_config.yml, which mergekit writes with the card: name the "
             "recipe with --recipe"
         )
-    content = read_recipe(path)
+    content = read_document(path).content
     merging = merge_options(options)
 
     from mergekit_obim.planned import read_config
@@ -77,7 +77,7 @@ def report(
     Goes through the merge of RECIPE without merging. Run it where mergekit-yaml runs. With both
     --json and --output the numbers are printed and the file is written.
     """
-    content = read_recipe(recipe)
+    content = read_document(recipe).content
     merging = merge_options(options)
 
     from mergekit_obim.planned import read_config

@@ -15,6 +15,7 @@ import click
 
 from mergekit_obim.commands.options import (
     FILE,
+    NEW_FILE,
     NEW_FOLDER,
     GroupedHelp,
     shared_options,
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
     from mergekit_obim.calibration.options import RunOptions
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Measured
-    from mergekit_obim.calibration.spec import Expert
     from mergekit_obim.models.inspection import Opened
+    from mergekit_obim.recipe.experts import Expert
 
     ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
 else:
@@ -80,7 +81,7 @@ class DeviceMemory(ParamType):
     groups={
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
         "Output": ("dense", "overwrite"),
-        "Check": ("check", "as_json"),
+        "Check": ("check", "fixed", "as_json"),
         "Hardware": ("device", "device_map", "max_memory"),
     },
 )
@@ -112,6 +113,13 @@ class DeviceMemory(ParamType):
     help="Measure nothing: tell all that is wrong with the recipe. With OUT_DIR, before the "
     "pre-pass; without, before the merge",
 )
+@click.option(
+    "--fix",
+    "fixed",
+    type=NEW_FILE,
+    metavar="NEW",
+    help="With --check: write a recipe in which all is put right that is clear, and say what",
+)
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option(
     "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
@@ -123,7 +131,14 @@ class DeviceMemory(ParamType):
     "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
 )
 @shared_options
-def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **options: Any) -> None:
+def main(
+    config: Path,
+    out_dir: Path | None,
+    check: bool,
+    fixed: Path | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
     """Measure the saliency of every expert in a merge recipe.
 
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
@@ -131,13 +146,13 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
-    if as_json and not check:
-        raise click.UsageError("--json does nothing without --check")
+    if (as_json or fixed) and not check:
+        raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
     if out_dir is None and not check:
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     start_logging(options.pop("verbosity"))
     if check:
-        _check(config, out_dir, as_json, options)
+        _check(config, out_dir, fixed, as_json, options)
     elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
         _measure(config, out_dir, options)
     else:
@@ -147,15 +162,43 @@ def main(config: Path, out_dir: Path | None, check: bool, as_json: bool, **optio
             _measure(config, out_dir, options, ranks)
 
 
-def _check(config: Path, out_dir: Path | None, as_json: bool, options: dict[str, Any]) -> None:
+def _check(
+    config: Path, out_dir: Path | None, fixed: Path | None, as_json: bool, options: dict[str, Any]
+) -> None:
     """What the command does with --check."""
-    recipe, overrides, only = read_recipe(config), _overrides(options), options.pop("model")
+    from mergekit_obim.recipe.document import read_document
+
+    document, overrides, only = read_document(config), _overrides(options), options.pop("model")
+    if fixed and fixed.exists() and fixed.samefile(config):
+        raise RecipeError(f"--fix {fixed}: is the recipe itself: name another file")
+    if fixed and fixed.exists() and not options["overwrite"]:
+        raise RecipeError(f"--fix {fixed}: is there already: name another file, or --overwrite")
 
     from mergekit_obim import check as checking
 
-    verdict = checking.check(recipe, out_dir, _run_options(recipe, options), overrides, only)
+    run_options = _run_options(document.content, options)
+    if fixed is None:
+        verdict = checking.check(document, out_dir, run_options, overrides, only)
+    else:
+        text = config.read_bytes().decode()  # with the line ends that it has
+        text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
+        write = bool(verdict.changes) or not verdict.errors
+        if write:
+            _write(fixed, text)
+        told = "written" if write else "not written: nothing could be put right by itself"
+        click.echo(f"{fixed}: {told}", err=True)
     click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
-    click.get_current_context().exit(1 if verdict.faults else 0)
+    click.get_current_context().exit(1 if verdict.errors else 0)
+
+
+def _write(path: Path, text: str) -> None:
+    from mergekit_obim.saliency.file import atomic_write
+
+    try:
+        with atomic_write(path) as file:
+            file.write(text.encode())
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 def _measure(
@@ -163,21 +206,29 @@ def _measure(
 ) -> None:
     """What the command does, in one process or in one of several."""
     assert out_dir is not None
-    recipe = read_recipe(config)
 
-    from mergekit_obim.calibration.spec import read_experts
+    from mergekit_obim.recipe import recipe_faults
+    from mergekit_obim.recipe.document import read_document
+    from mergekit_obim.recipe.experts import find_experts
+    from mergekit_obim.recipe.faults import fold, raise_errors, warnings_of
 
-    experts = read_experts(recipe, _overrides(options), only=options.pop("model"))
+    document, only = read_document(config), options.pop("model")
+    found = find_experts(document, _overrides(options), only)
+    # What needs no mergekit to be seen is told at once; the parameters' turn comes once it is here.
+    raise_errors([*recipe_faults(document), *found.faults, *found.uncalibrated.values()])
 
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import measure, prepare_expert
-    from mergekit_obim.planned import read_config
+    from mergekit_obim.planned import read_config, read_recipe
 
     ranks = ranks or Ranks()
+    recipe, experts = document.content, found.measured
     run_options = _run_options(recipe, options, ranks.local)
-    if faults := checking.recipe_faults(recipe):
-        raise RecipeError("; ".join(faults))
+    faults = [*read_recipe(document)[1], *found.faults]
+    raise_errors(faults)
+    for fault in fold(warnings_of(faults)) if ranks.first else ():
+        click.echo(f"Warning: {fault}", err=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -22,7 +22,7 @@ from mergekit_obim.models.checkpoint import Skim
 from mergekit_obim.models.files import read_headers
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.models.opened import open_checkpoint
-from mergekit_obim.models.references import written_in_two_ways
+from mergekit_obim.recipe.references import written_in_two_ways
 
 
 @dataclass

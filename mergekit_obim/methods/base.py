@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from mergekit_obim.kernels.scores import (
 )
 from mergekit_obim.methods.planning import UNWARNED, PlannedInput, PlannedMethod, is_planned
 from mergekit_obim.methods.saliency import stored_scores
+from mergekit_obim.recipe import Fault
 
 _OPEN_BYTES = 1 << 28
 
@@ -160,17 +161,15 @@ def objective_of(
     return candidates, weights
 
 
-def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) -> None:
-    """Refuse negative weights of what is minimised.
-
-    Raises:
-        RecipeError: A weight is negative.
-    """
+def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) -> Iterator[Fault]:
+    """Negative weights of what is minimised."""
     for i in inputs:
         if i.parameters["weight"] < 0:
-            raise RecipeError(
+            yield Fault(
+                "tensor",
                 f"tensor {output}: model {i.model} has weight {i.parameters['weight']}; here "
-                "weights say how much each expert's error counts, so set it to 0 or more"
+                "weights say how much each expert's error counts, so set it to 0 or more",
+                tensor=output,
             )
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
-from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
 from mergekit_obim.kernels.merging import merge_owned
@@ -35,6 +34,7 @@ from mergekit_obim.methods.parameters import (
 )
 from mergekit_obim.methods.planning import PlannedInput
 from mergekit_obim.models.layers import rotate
+from mergekit_obim.recipe import Fault
 
 # Densities such as 0.3333 and 0.6667 may add up to a little over 1.
 _DENSITY_SLACK = 1e-6
@@ -84,25 +84,34 @@ class Obim(ExpertMethod):
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
-    ) -> None:
-        """Refuse densities that sum to over 1, or negative weights of what is minimised."""
+    ) -> Iterator[Fault]:
+        """Densities that sum to over 1, or negative weights of what is minimised."""
         if parameters["stretch"] is not None and parameters["assignment"] != "nearest":
-            raise RecipeError(
+            yield Fault(
+                "tensor",
                 f"tensor {output}: stretch is a parameter of assignment: nearest, and this is "
-                f"{parameters['assignment']}; leave it out or change the assignment"
+                f"{parameters['assignment']}; leave it out or change the assignment",
+                tensor=output,
             )
         if parameters["assignment"] != "iterative":
-            check_objective_weights(output, inputs)
+            yield from check_objective_weights(output, inputs)
             return
         densities = [i.parameters["density"] for i in inputs]
         densities = [1 / len(inputs) if density is None else density for density in densities]
         if sum(densities) > 1 + _DENSITY_SLACK:
             listed = ", ".join(f"{i.model} {d:.4g}" for i, d in zip(inputs, densities, strict=True))
-            raise RecipeError(
+            yield Fault(
+                "densities",
                 f"tensor {output}: the densities sum to {sum(densities):.4g}, over 1 ({listed}; "
                 f"left out means 1/{len(inputs)}): experts share each tensor's positions, so "
-                "lower them"
+                "lower them, or have `obim-saliency --check RECIPE --fix NEW` do it",
+                tensor=output,
+                amount=sum(densities),
             )
+
+    def copies(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether each element is one expert's, times its weight, as in the paper."""
+        return bool(parameters.get("assignment", "iterative") == "iterative")
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
         """Return what becomes of a tensor without saliency, for a warning."""

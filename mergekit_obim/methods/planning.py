@@ -10,44 +10,51 @@ method as ordinary parameters of mergekit's task graph.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import logging
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import (
     BatchOptions,
     GroupMergeMethod,
-    MergeMethod,
     MergeMethodSpec,
-    ParameterScope,
     PerInputValues,
     TensorGroup,
 )
+from pydantic import BaseModel
 
 from mergekit_obim.errors import ObimError, RecipeError
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.methods.preflight import inspect_files
-from mergekit_obim.methods.recipes import dtype_faults
 from mergekit_obim.methods.saliency import VocabularyRows, check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
-from mergekit_obim.models.references import written_in_two_ways
 from mergekit_obim.models.relation import relate
+from mergekit_obim.recipe import Document, Fault, Method, recipe_faults
+from mergekit_obim.recipe.faults import (
+    Kind,
+    errors_of,
+    fault_of,
+    raise_errors,
+    setting_path,
+    warnings_of,
+)
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import check_measured_on
 
 LOG = logging.getLogger("mergekit_obim")
+# How mergekit's planner calls the inputs of a slice, before it plans a tensor of it.
+_PLANNERS_SLICE = re.compile(r"\.slices\[\d+\]$")
 
 
 @dataclass(frozen=True)
@@ -83,6 +90,8 @@ class PlannedMethod(GroupMergeMethod):
     ) -> None:
         """Check which inputs there are; called by every planner before it plans any tensor."""
         _wrap_planners()
+        if group_name and _PLANNERS_SLICE.search(group_name):
+            return  # `plan_module` comes next, and tells it with everything else
         if base_id is None or base_id not in input_ids:
             found = "none is set" if base_id is None else f"{base_id} is not among the inputs"
             raise RecipeError(
@@ -102,17 +111,19 @@ class PlannedMethod(GroupMergeMethod):
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
-    ) -> None:
-        """Refuse parameter values that make no sense together.
+    ) -> Iterator[Fault]:
+        """Parameter values of one tensor that make no sense together.
 
         Args:
             output: The merged tensor's name.
             inputs: The experts.
             parameters: The shared parameters for this tensor.
-
-        Raises:
-            RecipeError: They do not.
         """
+        return iter(())
+
+    def copies(self, parameters: Mapping[str, Any]) -> bool:
+        """Whether a recipe with these parameters copies elements, so that a weight scales them."""
+        return False
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
         """What becomes of a tensor without saliency under ``unscored: kind``, for a warning."""
@@ -157,43 +168,36 @@ class Fallbacks:
 
 @dataclass
 class Findings:
-    """What is to be said of a recipe, all of it, where a merge ends with the first fault.
+    """What planning found.
 
     Attributes:
-        faults: By what was found wherever it was, the first error and how many more there are.
+        recipe: What is wrong with the recipe as it is written.
+        tensors: What is wrong with models, saliency files and the parameters of single tensors.
         fallbacks: Tensors without saliency.
     """
 
-    faults: dict[str, tuple[ObimError, int]] = field(default_factory=dict)
+    recipe: list[Fault] = field(default_factory=list)
+    tensors: list[Fault] = field(default_factory=list)
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
 
-    def add(self, error: ObimError, tensor: str | None) -> None:
-        """Note a fault; the same one of many tensors is noted once."""
-        what = error.message.replace(tensor, "") if tensor else error.message
-        first, more = self.faults.get(what, (error, -1))
-        self.faults[what] = first, more + 1
+    @property
+    def errors(self) -> list[Fault]:
+        return errors_of([*self.recipe, *self.tensors])
 
+    def add(self, error: ObimError, kind: Kind, tensor: str | None = None) -> None:
+        """Note what something refused."""
+        self.tensors.append(fault_of(error, kind, tensor))
 
-_FINDINGS: ContextVar[Findings | None] = ContextVar("findings", default=None)
+    def conclude(self) -> None:
+        """Raise all errors as one, or else warn of what is no error.
 
-
-@contextmanager
-def finding_all() -> Iterator[Findings]:
-    """Within it, planning notes the faults that it would otherwise end with, and goes on."""
-    findings = Findings()
-    token = _FINDINGS.set(findings)
-    try:
-        yield findings
-    finally:
-        _FINDINGS.reset(token)
-
-
-def _refuse(error: ObimError, tensor: str | None = None) -> None:
-    """End planning with an error, or note it if every one is wanted."""
-    findings = _FINDINGS.get()
-    if findings is None:
-        raise error
-    findings.add(error, tensor)
+        Raises:
+            ObimError: There are errors.
+        """
+        raise_errors([*self.recipe, *self.tensors])
+        for fault in warnings_of(self.recipe):
+            LOG.warning(str(fault))
+        self.fallbacks.warn()
 
 
 # mergekit-pytorch plans tensor by tensor: what it found is told when the first is merged.
@@ -205,13 +209,10 @@ def _plan_tensor(
     output: str | None,
     inputs: Sequence[PlannedInput],
     parameters: Mapping[str, Any],
-    fallbacks: Fallbacks,
+    found: Findings,
 ) -> dict[Hashable, str]:
     """Check one tensor's parameters and saliency; returns the name to look each expert up by."""
-    try:
-        method.check_tensor(output, inputs, parameters)
-    except ObimError as error:
-        _refuse(error, output)
+    found.tensors += method.check_tensor(output, inputs, parameters)
     fate = method.fallback(parameters["unscored"], parameters)
     chosen = {}
     for i in inputs:
@@ -229,9 +230,9 @@ def _plan_tensor(
                 unscored = file.metadata.unscored
                 reasons = [unscored[name] for name in i.names if name in unscored]
                 reason = reasons[0] if reasons else "its saliency file has no entry for it"
-                fallbacks.found[str(i.model), fate][i.names[0]] = reason
+                found.fallbacks.found[str(i.model), fate][i.names[0]] = reason
         except ObimError as error:
-            _refuse(error, i.names[0])
+            found.add(error, "saliency", i.names[0])
     return chosen
 
 
@@ -242,7 +243,7 @@ def _plan_in_memory(
 ) -> list[dict[str, Any]]:
     """What the planners do, for mergekit's Python API."""
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
-    fallbacks = Fallbacks()
+    found = Findings()
     planned = []
     for group, values in zip(groups, parameters, strict=True):
         name = group.metadata.name
@@ -255,7 +256,7 @@ def _plan_in_memory(
             )
             for entry in group.non_base
         ]
-        chosen = _plan_tensor(method, name, inputs, values, fallbacks)
+        chosen = _plan_tensor(method, name, inputs, values, found)
         layer = values["layer"]
         planned.append(
             {
@@ -264,8 +265,9 @@ def _plan_in_memory(
                 "layer": layers.get(name or "", 0) if layer is None else layer,
             }
         )
+    raise_errors(found.errors)
     _check_group_fingerprints(groups, planned)
-    fallbacks.warn()
+    found.conclude()
     return planned
 
 
@@ -302,99 +304,103 @@ def _checked_plan_module(original: Any) -> Any:
         if not isinstance(planner._method, PlannedMethod):
             original(planner, module_name, definition)
             return
-        _check_recipe(planner._method, planner.config, definition)
-        first = len(planner._tensors)
-        original(planner, module_name, definition)
-        if planner._method.reads_saliency:
-            planner._tensors[first:] = _plan_tasks(planner._method, planner._tensors[first:])
-        if not _FINDINGS.get():
-            _warn_of_strangers(planner._tensors[first:])
+        # Of every module, as an error is to tell of all of them: kept where the tensors are.
+        found = vars(planner).setdefault("obim_findings", Findings())
+        plan_module_checked(planner, module_name, found)
+        if module_name == list(planner.config.modules)[-1]:
+            found.conclude()
+            _warn_of_strangers(planner._tensors)
 
     return plan_module
 
 
-def _check_recipe(method: PlannedMethod, config: Any, definition: Any) -> None:
-    """Check every parameter as written; mergekit would ignore what it does not know."""
-    _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
-    _check_settings(method, "module parameters", definition.parameters, ParameterScope.SHARED)
-    for output_slice in definition.slices:
-        _check_settings(method, "slice parameters", output_slice.parameters, ParameterScope.SHARED)
-        base = output_slice.base_model or config.base_model
-        for source in output_slice.sources:
-            # The planner adds a base that is not listed without naming its parameters.
-            if source.model == base and "parameters" in source.model_fields_set:
-                _refuse(
-                    RecipeError(
-                        f"the base {base} is also listed among the experts: list it as base_model "
-                        "only; its own weights are what the experts are compared with"
-                    )
-                )
-            _check_settings(
-                method, f"model {source.model}", source.parameters, ParameterScope.NON_BASE
-            )
-
-
-def _check_settings(
-    method: MergeMethod, where: str, settings: dict[str, Any] | None, scope: ParameterScope
-) -> None:
-    for name, error in list(setting_faults(method, where, settings, scope)):
-        _refuse(error)
-        assert settings is not None
-        settings.pop(name, None)  # so that what it is in the way of can be found too
-
-
-def setting_faults(
-    method: MergeMethod, where: str, settings: Mapping[str, Any] | None, scope: ParameterScope
-) -> Iterator[tuple[str, RecipeError]]:
-    """What is wrong with the parameters that stand in one place of a recipe.
+def plan_module_checked(planner: Any, module_name: str, found: Findings) -> None:
+    """Plan one module of a recipe for one of our methods, and note what is wrong.
 
     Args:
-        method: The recipe's method.
-        where: The place, for the message.
-        settings: What stands there.
-        scope: Whose parameters may stand there.
+        planner: mergekit's planner, its recipe in normal form.
+        module_name: The module.
+        found: Where it is noted; of the recipe as it is written with the first module.
 
-    Yields:
-        The parameter's name, and the error.
+    Raises:
+        Exception: mergekit cannot plan it, although nothing was found that explains it.
     """
-    known = {p.name: p for p in method.spec.parameters if p.name not in PLANNED}
-    for name, setting in (settings or {}).items():
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(sorted(known))}"
-            message = f"{where}: {method.spec.name} has no parameter {name!r}; {hint}"
-            yield name, RecipeError(message)
-            continue
-        # Per-expert parameters may stand under `parameters`, for all; not the reverse.
-        if scope == ParameterScope.NON_BASE and known[name].scope == ParameterScope.SHARED:
-            message = f"{where}: parameter {name} is shared by all models: move it to the recipe's "
-            yield name, RecipeError(message + "own `parameters`")
-            continue
-        for value in _leaves(setting):
-            try:
-                known[name].validate(value)
-            except RecipeError as error:
-                yield name, RecipeError(f"{where}: {error.message}")
+    from mergekit.plan import MergePlanner
+
+    method, config = planner._method, planner.config
+    original = getattr(MergePlanner.plan_module, "__wrapped__", MergePlanner.plan_module)
+    if module_name == next(iter(config.modules)):
+        found.recipe += recipe_faults(Document(written(config)), registry())
+    if any(fault.kind == "structure" for fault in found.recipe):
+        return
+    first = len(planner._tensors)
+    try:
+        # What is wrong so far is taken out of the way, that the rest can be found too. This is
+        # a copy: the recipe that mergekit was given stays as it is.
+        planner.config = _without(config, found.recipe)
+        original(planner, module_name, planner.config.modules[module_name])
+        if method.reads_saliency:
+            planner._tensors[first:] = _plan_tasks(method, planner._tensors[first:], found)
+    except ObimError as error:
+        found.add(error, "plan")
+    except Exception:
+        if not found.errors:  # else it may come of them
+            raise
+    finally:
+        planner.config = config
+    if any(f.kind == "value" and "density" in f.place.path for f in found.recipe):
+        # A density that was taken out of the way is not 1/K in earnest.
+        found.tensors = [fault for fault in found.tensors if fault.kind != "densities"]
 
 
-def _leaves(setting: Any) -> Iterator[Any]:
-    """Every plain value in a setting: of a gradient, of each filter's branch."""
-    if isinstance(setting, list):
-        for item in setting:
-            yield from _leaves(item)
-    elif hasattr(setting, "filter"):
-        yield from _leaves(setting.value)
-    else:
-        yield setting
+def _without(config: Any, faults: Iterable[Fault]) -> Any:
+    """A recipe with misspelt parameters put right and wrong values left out."""
+    wrong = [fault for fault in faults if fault.kind in ("parameter", "value")]
+    if not wrong:
+        return config
+    content = written(config)
+    for fault in wrong:
+        *steps, name = setting_path(fault.place.path)
+        settings = content
+        for step in steps:
+            settings = settings[step]
+        value = settings.pop(name, None)
+        if fault.nearest and value is not None:
+            settings.setdefault(fault.nearest, value)
+    return type(config).model_validate(content)
 
 
-def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
+def written(value: Any) -> Any:
+    """A recipe, or a part of it, as a file would have it, of plain mappings and lists.
+
+    pydantic's own ``model_dump`` fails where the name of a model has a space in it.
+    """
+    if isinstance(value, BaseModel):
+        return {name: written(part) for name, part in value if part is not None}
+    if isinstance(value, Mapping):
+        return {name: written(part) for name, part in value.items()}
+    return [written(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def registry() -> dict[str, Method]:
+    """Every merge method that mergekit knows now, as far as recipes concern it."""
+    found = {}
+    for method in merge_methods.registered_methods():
+        parameters = {p.name: p for p in method.spec.parameters if p.name not in PLANNED}
+        ours = isinstance(method, PlannedMethod)
+        copies = method.copies if isinstance(method, PlannedMethod) else (lambda _: False)
+        found[method.spec.name] = Method(method.spec.name, parameters, ours, copies)
+    return found
+
+
+def _plan_tasks(
+    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: Findings
+) -> list[tuple[Any, Any]]:
     from mergekit.io.tasks import LoaderCache
 
     layers = layer_indices(weight.name for weight, _ in planned)
-    findings = _FINDINGS.get()
-    fallbacks = findings.fallbacks if findings else Fallbacks()
-    verified: dict[tuple[ModelReference, Any], bool] = {}
+    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    refused: set[tuple[ModelReference, Any]] = set()
     result = []
     for weight, task in planned:
         vocabulary = task.gather_tensors
@@ -406,8 +412,10 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
             info = gather.weight_info[model]
             loader = LoaderCache().get(model)
             parameters = dict(task.input_parameters[model].items())
-            if not _verified_once(verified, loader, model, parameters):
-                parameters["criterion"] = "magnitude"  # nothing is merged: see `finding_all`
+            key = model, parameters["saliency"]
+            if key in refused or not _verified_once(verified, loader, model, parameters, found):
+                refused.add(key)
+                parameters["criterion"] = "magnitude"  # to go on with: nothing will be merged
             names = _possible_names(info)
             stored = _stored_name(loader, info)
             if stored and stored not in (info.tied_names or ()):
@@ -415,7 +423,7 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
                 names = tuple(name for name in names if name not in (info.tied_names or ()))
             tensor = loader.get_tensor(stored) if stored else None
             inputs.append(PlannedInput(model, names, tensor, parameters))
-        chosen = _plan_tensor(method, weight.name, inputs, task.parameters, fallbacks)
+        chosen = _plan_tensor(method, weight.name, inputs, task.parameters, found)
         per_expert = {
             i.model: {
                 **i.parameters,
@@ -430,8 +438,6 @@ def _plan_tasks(method: PlannedMethod, planned: Sequence[tuple[Any, Any]]) -> li
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         fields |= {"parameters": values, "input_parameters": {**per_expert, task.base_model: {}}}
         result.append((weight, type(task)(**fields)))
-    if not findings:
-        fallbacks.warn()
     LoaderCache().flush_all()
     return result
 
@@ -462,27 +468,24 @@ def _stored_name(loader: LazyTensorLoader, info: Any) -> str | None:
 
 
 def _verified_once(
-    verified: dict[tuple[ModelReference, Any], bool],
+    verified: set[tuple[ModelReference, SaliencyFile]],
     loader: LazyTensorLoader,
     model: ModelReference,
     parameters: Mapping[str, Any],
+    found: Findings,
 ) -> bool:
-    """Whether an expert's saliency file is there and of its weights; refused if it is not."""
+    """Whether an expert's saliency file is there and of its weights; noted if it is not."""
     if parameters["criterion"] != "saliency":
         return True
-    key = model, parameters["saliency"]
-    if not verified.get(key, True):
-        return False
     try:
         file = saliency_of(model, parameters["saliency"])
         if (model, file) not in verified:
             check_measured_on(
                 file, str(model), loader.index.tensor_paths, partial(tensor_of, loader)
             )
-            verified[model, file] = True
+            verified.add((model, file))
     except ObimError as error:
-        _refuse(error)
-        verified[key] = False
+        found.add(error, "saliency")
         return False
     return True
 
@@ -538,40 +541,35 @@ def _tokenizer_info(task: Any) -> Any:
 def _checked_param_dicts(original: Any, module: Any) -> Any:
     """The same for mergekit-pytorch, whose outputs have their inputs' names."""
     layers = functools.lru_cache(maxsize=1)(layer_indices)
-    verified: dict[tuple[ModelReference, Any], bool] = {}
+    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    checked: list[Any] = [None]  # the recipe that was last looked at as a whole
 
     @functools.wraps(original)
     def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:
+        if isinstance(method, PlannedMethod) and checked[0] is not config:
+            content = written(config)
+            # Its models are files, whatever characters their names have.
+            for entry in (content, *content["models"]):
+                key = "base_model" if entry is content else "model"
+                entry |= {key: {"model": {"path": entry[key]}}} if key in entry else {}
+            Findings(list(recipe_faults(Document(content), registry()))).conclude()
+            checked[0] = config
         shared, per_input = original(config, method, tensor_name)
-        if not isinstance(method, PlannedMethod):
-            return shared, per_input
-        for error in dtype_faults({"dtype": config.dtype, "out_dtype": config.out_dtype}):
-            raise error
-        if line := written_in_two_ways([config.base_model, *(m.model for m in config.models)]):
-            raise RecipeError(line)
-        _check_settings(method, "parameters", config.parameters, ParameterScope.SHARED)
-        for definition in config.models:
-            if definition.model == config.base_model:
-                raise RecipeError(
-                    f"the base {config.base_model} is also listed among the experts: list it as "
-                    "base_model only"
-                )
-            _check_settings(
-                method, f"model {definition.model}", definition.parameters, ParameterScope.NON_BASE
-            )
-        if not method.reads_saliency:
+        if not isinstance(method, PlannedMethod) or not method.reads_saliency:
             return shared, per_input
         loaders = module.SimpleLoaderCache().loaders
-        inputs = []
+        inputs, found = [], Findings(fallbacks=UNWARNED)
         for model, parameters in per_input.items():
             loader = loaders.get(model.model.path)
             if loader is None or model.model.path == config.base_model:
                 continue
-            _verified_once(verified, loader, model, parameters)
+            if not _verified_once(verified, loader, model, parameters, found):
+                continue
             tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
             inputs.append(PlannedInput(model, (tensor_name,), tensor, parameters))
         present = [i for i in inputs if i.weight is not None]
-        chosen = _plan_tensor(method, tensor_name, present, shared, UNWARNED)
+        chosen = _plan_tensor(method, tensor_name, present, shared, found)
+        raise_errors(found.errors)
         # The cache of loaders may hold other merges' models too.
         ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
         names = frozenset().union(*(loader.index.tensor_paths for loader in ours))

@@ -25,6 +25,9 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
 from mergekit_obim.models.findings import Finding
+from mergekit_obim.recipe import Document, Fault, recipe_faults
+from mergekit_obim.recipe.faults import raise_errors
+from mergekit_obim.recipe.fix import path_warnings
 
 LOG = logging.getLogger("mergekit_obim")
 
@@ -48,13 +51,11 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         CheckpointError: Some cannot; the message names them all, and what to do.
     """
     # Imported here: whoever merges with another method should not wait for it.
-    from mergekit_obim.methods.recipes import card_doubts, recipe_wide_faults
+    from mergekit_obim.methods.planning import registry, written
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
 
-    findings = [Finding("error", error.message) for error in recipe_wide_faults(config)]
-    if options.write_model_card:
-        findings += [Finding("warning", line) for line in card_doubts(config)]
+    findings: list[Finding] = []
     models = {}
     for reference in sorted(config.referenced_models(), key=str):
         try:
@@ -68,7 +69,13 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         aligned=is_aligned(config) or options.unsafe_truncate_embeddings,
         any_architecture=options.allow_crimes,
     )
-    _refuse_errors(findings)
+    document = Document(written(config))
+    if options.write_model_card:
+        findings += [Finding("warning", str(fault)) for fault in path_warnings(document)]
+    errors = _warn(findings)
+    if errors:
+        # Else the planner tells what is wrong with the recipe, and with single tensors.
+        raise_errors([*recipe_faults(document, registry()), *errors])
 
 
 def inspect_files(models: Sequence[ModelReference], base: object) -> None:
@@ -83,7 +90,7 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     from mergekit_obim.models.opened import inspect_file, open_model
 
     paths = [model.model.path for model in models]
-    _refuse_errors(finding for path in paths for finding in inspect_file(path))
+    raise_errors(_warn(finding for path in paths for finding in inspect_file(path)))
     opened = {}
     options = MergeOptions()
     for path in paths:
@@ -95,24 +102,26 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     start = opened.pop(str(base), None)
     findings = comparison_findings(start, list(opened.values()), aligned=False, access=options)
     # Its recipes have no tokenizer option, and what they have is ignored.
-    _refuse_errors(
-        replace(
-            finding,
-            message=finding.message.replace("to the recipe", "to a recipe for mergekit-yaml"),
+    raise_errors(
+        _warn(
+            replace(
+                finding,
+                message=finding.message.replace("to the recipe", "to a recipe for mergekit-yaml"),
+            )
+            for finding in findings
         )
-        for finding in findings
     )
 
 
-def _refuse_errors(findings: Iterable[Finding]) -> None:
+def _warn(findings: Iterable[Finding]) -> list[Fault]:
+    """Log what does not stop a merge; return what does."""
     errors = []
     for finding in findings:
         if finding.severity == "error":
-            errors.append(finding.message)
+            errors.append(Fault("model", finding.message, error=CheckpointError))
         else:
             LOG.warning(finding.message)
-    if errors:
-        raise CheckpointError("; ".join(errors))
+    return errors
 
 
 def _inspecting(original: Callable[..., Any], method_names: frozenset[str]) -> Callable[..., Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from mergekit_obim.methods.base import (
 )
 from mergekit_obim.methods.parameters import LAMBDA, WEIGHT, method_spec, saliency_parameters
 from mergekit_obim.methods.planning import PlannedInput
+from mergekit_obim.recipe import Fault
 
 
 class RegMeanDiag(ExpertMethod):
@@ -24,9 +25,9 @@ class RegMeanDiag(ExpertMethod):
 
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
-    ) -> None:
-        """Refuse negative weights."""
-        check_objective_weights(output, inputs)
+    ) -> Iterator[Fault]:
+        """Negative weights."""
+        return check_objective_weights(output, inputs)
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
         """Return what becomes of a tensor without saliency, for a warning."""

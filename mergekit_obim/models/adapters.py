@@ -32,7 +32,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mergekit_obim.errors import AdapterError, ObimError, quoted
 from mergekit_obim.models.layers import block_of
-from mergekit_obim.models.references import identity
+from mergekit_obim.recipe.references import identity
 from mergekit_obim.saliency.file import PUBLISHED_NAME
 from mergekit_obim.saliency.fingerprint import sample
 from mergekit_obim.saliency.hub import download

@@ -25,8 +25,8 @@ from mergekit_obim.calibration.data.drawing import RowReader, draw
 from mergekit_obim.calibration.data.images import RowProcessor
 from mergekit_obim.calibration.data.rows import load_rows
 from mergekit_obim.calibration.data.tokens import TokenSequence, check_room, content_hash, pack
-from mergekit_obim.calibration.spec import Calibration
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import Calibration
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

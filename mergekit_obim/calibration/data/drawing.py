@@ -23,8 +23,8 @@ from mergekit_obim.calibration.data.rows import Rows
 from mergekit_obim.calibration.data.template import ChatWriter
 from mergekit_obim.calibration.data.text import Row, row_input, row_tools
 from mergekit_obim.calibration.data.tokens import TokenSequence, tokenize
-from mergekit_obim.calibration.spec import DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import DataSource, is_local_file
 
 if TYPE_CHECKING:
     from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin

@@ -10,8 +10,8 @@ from typing import Any
 
 from mergekit_obim.calibration.data.conversations import short
 from mergekit_obim.calibration.data.text import INPUT_FIELDS, Row
-from mergekit_obim.calibration.spec import FILE_SUFFIXES, DataSource, is_local_file
 from mergekit_obim.errors import CalibrationError, one_line
+from mergekit_obim.recipe.calibration import FILE_SUFFIXES, DataSource, is_local_file
 
 
 class Rows(Sequence[Row]):

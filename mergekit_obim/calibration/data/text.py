@@ -15,8 +15,8 @@ from mergekit_obim.calibration.data.conversations import (
     read_parts,
     short,
 )
-from mergekit_obim.calibration.spec import DataSource
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.recipe.calibration import DataSource
 
 Row = Mapping[str, Any]
 

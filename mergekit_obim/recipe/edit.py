@@ -1,0 +1,142 @@
+"""Changing the text of a recipe where YAML's marks say, so that all the rest stays as it is.
+
+A library that writes YAML anew (ruamel.yaml was tried) keeps comments, but loses those below a
+key that is taken out, and sets others and the indentation its own way. What a recipe needs is
+little: another name or value, a line out, a line in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from mergekit_obim.recipe.faults import Path
+
+
+class NoSuchPlaceError(LookupError):
+    """A path leads to nothing that is written there: to a merge key's content, for example."""
+
+
+def renamed(text: str, path: Path, name: str) -> str:
+    """The text with another name for a key; where that name stands already, without the key."""
+    mapping, number = _entry(text, path)
+    if any(key.value == name for key, _ in mapping.value):
+        return removed(text, path)
+    return _spliced(text, mapping.value[number][0], name)
+
+
+def replaced(text: str, path: Path, value: object) -> str:
+    """The text with another value in place of one that stands on one line."""
+    return _spliced(text, _node(text, path), flow(value))
+
+
+def removed(text: str, path: Path) -> str:
+    """The text without a key and its value; a mapping that would be left empty goes with it."""
+    mapping, number = _entry(text, path)
+    entries = mapping.value
+    if len(entries) == 1 and len(path) > 1:
+        return removed(text, path[:-1])
+    key, value = entries[number]
+    start, end = key.start_mark.index, _end(value)
+    if mapping.flow_style and number + 1 < len(entries):
+        end = entries[number + 1][0].start_mark.index
+    elif mapping.flow_style:
+        start = _end(entries[number - 1][1]) if number else start
+    elif text[:start].rpartition("\n")[2].strip():  # `- key: …`: the dash stays
+        end = entries[number + 1][0].start_mark.index if number + 1 < len(entries) else end
+    else:
+        start = text.rfind("\n", 0, start) + 1
+        end = _line_end(text, end)
+        lines = text[start:end].splitlines(keepends=True)
+        comments = [line for line in lines if line.lstrip().startswith("#")]
+        return text[:start] + "".join(comments) + text[end:]
+    return text[:start] + text[end:]
+
+
+def added(text: str, path: Path, value: object) -> str:
+    """The text with a new key at the end of a mapping, which is made where there is none."""
+    parent, name = path[:-1], str(path[-1])
+    node = _node(text, parent)
+    if isinstance(node, yaml.ScalarNode) and not node.value:  # `parameters:` with nothing
+        return replaced(text, parent, {name: value})
+    if not isinstance(node, yaml.MappingNode):
+        raise NoSuchPlaceError(parent)
+    line = f"{name}: {flow(value)}"
+    if node.flow_style:
+        at = node.end_mark.index - 1
+        last = _end(node.value[-1][1]) if node.value else at
+        return text[:last] + (", " if node.value else "") + line + text[last:]
+    at = _line_end(text, _end(node.value[-1][1]))
+    indent = " " * node.value[0][0].start_mark.column
+    new_line = "" if text[:at].endswith("\n") else "\n"
+    return text[:at] + f"{new_line}{indent}{line}\n" + text[at:]
+
+
+def appended(text: str, path: Path, value: object) -> str:
+    """The text with a new entry at the end of a list that is not empty."""
+    node = _node(text, path)
+    assert isinstance(node, yaml.SequenceNode)
+    end = _end(node.value[-1])
+    if node.flow_style:
+        return f"{text[:end]}, {flow(value)}{text[end:]}"
+    at, indent = _line_end(text, end), " " * node.start_mark.column
+    new_line = "" if text[:at].endswith("\n") else "\n"
+    return f"{text[:at]}{new_line}{indent}- {flow(value)}\n{text[at:]}"
+
+
+def flow(value: object) -> str:
+    """A value on one line."""
+    # In brackets, so that what means something there is quoted.
+    text: str = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=1 << 16)
+    return text.strip()[1:-1]
+
+
+def _spliced(text: str, node: yaml.Node, new: str) -> str:
+    start = node.start_mark.index
+    # `key:` without a value has its mark at the colon.
+    space = " " if text[start - 1 : start] == ":" else ""
+    return text[:start] + space + new + text[_end(node) :]
+
+
+def _line_end(text: str, index: int) -> int:
+    """Where the next line begins, if this is not its beginning."""
+    if text[index - 1 : index] == "\n":
+        return index
+    return text.find("\n", index) + 1 or len(text)
+
+
+def _end(node: yaml.Node) -> int:
+    """Where a node ends; a block's own mark is that of what follows its comments."""
+    if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
+        last = node.value[-1]
+        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+    end: int = node.end_mark.index
+    return end
+
+
+def _node(text: str, path: Path) -> yaml.Node:
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for step in path:
+        node = dict(_steps(node)).get(step)
+    if node is None:
+        raise NoSuchPlaceError(path)
+    return node
+
+
+def _entry(text: str, path: Path) -> tuple[yaml.MappingNode, int]:
+    """The mapping that holds the last step of a path, and which of its entries that is."""
+    node = _node(text, path[:-1])
+    if isinstance(node, yaml.MappingNode):
+        for number, (key, _) in enumerate(node.value):
+            if key.value == path[-1]:
+                return node, number
+    raise NoSuchPlaceError(path)
+
+
+def _steps(node: Any) -> Iterator[tuple[str | int, yaml.Node]]:
+    if isinstance(node, yaml.MappingNode):
+        yield from ((str(key.value), value) for key, value in node.value)
+    elif isinstance(node, yaml.SequenceNode):
+        yield from enumerate(node.value)

@@ -1,0 +1,171 @@
+"""The experts of a recipe, and what each of them is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from mergekit_obim.recipe.calibration import (
+    Calibration,
+    calibration_faults,
+    entries_of,
+    laid_over,
+    long_form,
+    overridden,
+)
+from mergekit_obim.recipe.document import Document
+from mergekit_obim.recipe.faults import Fault, Path, Place, nearest
+from mergekit_obim.recipe.keys import INPUTS, Part, walk
+from mergekit_obim.recipe.references import identity
+
+# Stands for the data where the other settings are checked by themselves.
+_ANY_DATA = {"data": "any/set"}
+
+
+@dataclass(frozen=True)
+class Expert:
+    """A model of the recipe that is not the base.
+
+    Attributes:
+        model: The reference in mergekit's string form, ``base@revision+lora@revision``.
+        calibration: What it is measured on.
+        reference: The reference as the recipe has it, for ``ModelReference.model_validate``:
+            a mapping can hold what the string can't (``override_architecture``).
+    """
+
+    model: str
+    calibration: Calibration
+    reference: str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a recipe, and what is wrong with their calibration.
+
+    Attributes:
+        measured: Those with a calibration, in the recipe's order.
+        faults: What is wrong with calibration keys, and with what was asked for.
+        uncalibrated: By the expert's reference, that it has no calibration data.
+    """
+
+    measured: list[Expert]
+    faults: list[Fault]
+    uncalibrated: dict[str, Fault]
+
+
+def find_experts(
+    document: Document,
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> Experts:
+    """The recipe's experts and their calibration, in the recipe's order.
+
+    Experts are the models under ``models``, ``slices`` and ``modules`` but the base; one that
+    stands in several slices is one expert.
+
+    Args:
+        document: The recipe. What is wrong with its keys is for ``recipe_faults`` to say.
+        overrides: Command-line options by their name in Python (``max_length``); ``None``
+            values count as not given. ``samples`` holds for every source of a mixture.
+        only: If not empty, the references of the experts to return. The others need no
+            calibration.
+    """
+    faults: list[Fault] = []
+    options = {key: value for key, value in (overrides or {}).items() if value is not None}
+    given = {"data": "any.txt", **options}
+    wrong_options = list(calibration_faults(given, "", lambda path: Place(), options=True))
+    faults += wrong_options
+    found: dict[str, list[Part]] = {}
+    for part in walk(document):
+        if not isinstance(part, Part) or part.kind not in INPUTS or part.model is None:
+            continue
+        if not part.is_base:
+            found.setdefault(part.model, []).append(part)
+        elif part.content.get("calibration") is not None:
+            place = document.place(*part.path, "calibration")
+            message = f"{part.label}: is the base, which is not measured: its calibration is unused"
+            faults.append(Fault("calibration", message, place, level="warning"))
+    known = {identity(model): model for model in found}
+    only = [known.get(identity(model), model) for model in only]
+    for model in only:
+        if model not in found:
+            near = nearest(model, found)
+            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(found)}"
+            message = f"--model {model}: not an expert of this recipe ({hint})"
+            faults.append(Fault("calibration", message))
+    defaults, wrong_defaults = _read(document, (), document.content.get("calibration"), "")
+    # Checked on its own, so that its faults are told once and not for every model.
+    faults += wrong_defaults
+    if wrong_defaults:
+        defaults = {} if defaults and not entries_of(defaults) else _ANY_DATA
+
+    measured: list[Expert] = []
+    uncalibrated: dict[str, Fault] = {}
+    for model, parts in found.items():
+        if only and model not in only:
+            continue
+        calibrations: list[Calibration] = []
+        calibrated = [part for part in parts if part.content.get("calibration") is not None]
+        for part in calibrated or parts[:1]:
+            raw, label = part.content.get("calibration"), f"model {model}: "
+            # The model's own keys first, so that they are checked even if it has no data.
+            own, wrong = _read(document, part.path, raw, label)
+            whole = laid_over(defaults, own)
+            if not wrong and entries_of(whole):
+                wrong = list(_faults(document, part.path, raw, whole, label))
+            elif not wrong:
+                # Where the key is misspelt, that is told of the key.
+                if not nearest("calibration", set(map(str, part.content)) - {"calibration"}):
+                    uncalibrated[model] = _no_data(document, part)
+                continue
+            faults += wrong
+            if not wrong and not wrong_options:
+                calibrations.append(Calibration.model_validate(overridden(whole, options)))
+        if any(calibration != calibrations[0] for calibration in calibrations):
+            message = f"model {model}: has two different calibrations; keep one of them"
+            place = document.place(*calibrated[1].path, "calibration")
+            faults.append(Fault("calibration", message, place))
+        if calibrations:
+            measured.append(Expert(model, calibrations[0], parts[0].content["model"]))
+    return Experts(measured, faults, uncalibrated)
+
+
+def _read(
+    document: Document, path: Path, raw: object, label: str
+) -> tuple[dict[str, Any], list[Fault]]:
+    """A calibration in its long form, and what is wrong with it but for data that it lacks."""
+    try:
+        own = long_form(raw)
+    except ValueError as error:
+        place = document.place(*path, "calibration")
+        return {}, [Fault("calibration", f"{label}calibration: {error}", place)]
+    return own, list(_faults(document, path, raw, {**_ANY_DATA, **own}, label))
+
+
+def _faults(
+    document: Document, path: Path, raw: object, whole: Mapping[str, Any], label: str
+) -> Iterator[Fault]:
+    place = partial(_place, document, (*path, "calibration"), raw)
+    yield from calibration_faults(whole, f"{label}calibration: ", place)
+
+
+def _place(document: Document, path: Path, raw: Any, inside: Path) -> Place:
+    """Where a path of the long form stands in what was written, which may leave out steps."""
+    for step in inside:
+        steps: Mapping[Any, Any] = raw if isinstance(raw, Mapping) else {}
+        if isinstance(raw, list):
+            steps = dict(enumerate(raw))
+        if step in steps:
+            raw, path = steps[step], (*path, step)
+    return document.place(*path)
+
+
+def _no_data(document: Document, part: Part) -> Fault:
+    message = (
+        f"{part.label}: has no calibration data; beside '- model: {part.model}' write "
+        "'calibration: FILE.jsonl', or for all models a top-level 'calibration: {data: "
+        "FILE.jsonl}'"
+    )
+    return Fault("calibration", message, document.place(*part.path))

@@ -1,0 +1,258 @@
+"""Which keys a recipe has, and where: the one table, and the one walk over it.
+
+mergekit drops a key that it does not know without a word. What it knows is written down here and
+not asked of its pydantic models, because importing them takes seconds, and a misspelt recipe
+should be told at once; a test holds the table to them. A new key of ours goes into ``OURS``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Generator, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mergekit_obim.recipe.document import Document
+from mergekit_obim.recipe.faults import Fault, Path, Place, nearest
+
+Shape = Literal["one", "list", "named"]
+
+
+@dataclass(frozen=True)
+class Section:
+    """What may stand in one kind of mapping.
+
+    Attributes:
+        keys: Those that mergekit reads.
+        ours: Those that only we read.
+        below: The keys that lead to further sections: to one, a list of them, or several by name.
+    """
+
+    keys: tuple[str, ...]
+    ours: tuple[str, ...] = ()
+    below: tuple[tuple[str, Shape, str], ...] = ()
+
+    @property
+    def known(self) -> tuple[str, ...]:
+        return self.keys + self.ours
+
+
+_INPUTS: tuple[tuple[str, Shape, str], ...] = (
+    ("models", "list", "model"),
+    ("slices", "list", "slice"),
+)
+# Every mapping of a recipe, by its kind.
+SECTIONS = {
+    "recipe": Section(
+        (
+            *("modules", "slices", "models", "merge_method", "base_model", "dtype"),
+            *("tokenizer_source", "tokenizer", "chat_template", "out_dtype", "parameters"),
+        ),
+        ours=("calibration", "name"),  # `name` is mergekit-multi's, of each document
+        below=(*_INPUTS, ("modules", "named", "module"), ("tokenizer", "one", "tokenizer")),
+    ),
+    "module": Section(("slices", "models", "parameters"), below=_INPUTS),
+    "slice": Section(
+        ("sources", "base_model", "residual_weight", "parameters"),
+        below=(("sources", "list", "source"),),
+    ),
+    "model": Section(("model", "parameters"), ours=("calibration",)),
+    "source": Section(("model", "layer_range", "parameters"), ours=("calibration",)),
+    "tokenizer": Section(
+        ("source", "tokens", "pad_to_multiple_of"), below=(("tokens", "named", "token"),)
+    ),
+    "token": Section(("source", "force")),
+    # A value under `parameters` for some tensors.
+    "condition": Section(("value", "filter")),
+}
+INPUTS = ("model", "source")
+# Where parameters stand, in the words of an error; those of one model are told by its name.
+PARAMETERS = {
+    "recipe": "parameters",
+    "module": "module parameters",
+    "slice": "slice parameters",
+}
+# Less alike, and it may be a key that someone keeps for themselves.
+_MISSPELT = 0.75
+
+
+@dataclass(frozen=True)
+class Part:
+    """A mapping of a recipe that has keys of its own.
+
+    Attributes:
+        kind: Which of ``SECTIONS`` it is.
+        path: What leads there.
+        content: Its keys and values.
+        base: The base model that holds there, as a reference in mergekit's string form.
+        model: Of a model or a slice's source, its reference in the same form.
+    """
+
+    kind: str
+    path: Path
+    content: Mapping[str, Any]
+    base: str | None = None
+    model: str | None = None
+
+    @property
+    def is_base(self) -> bool:
+        """Whether this is the base, which mergekit may have listed among the models."""
+        return self.model is not None and self.model == self.base
+
+    @property
+    def label(self) -> str:
+        """What it is called in an error."""
+        if self.model is not None:
+            return f"model {self.model}"
+        return str(Place(self.path)) or "the recipe"
+
+    @property
+    def parameters_label(self) -> str:
+        """What its parameters are called in an error."""
+        return PARAMETERS.get(self.kind, self.label)
+
+
+def walk(document: Document) -> Iterator[Part | Fault]:
+    """Go through a recipe: every part in the order of the file's sections, and every wrong shape.
+
+    Yields:
+        A part before those below it; a fault in place of what cannot be read.
+    """
+    base = yield from _reference(document, ("base_model",), document.content.get("base_model"))
+    yield from _walk(document, Part("recipe", (), document.content, base))
+
+
+def _walk(document: Document, part: Part) -> Iterator[Part | Fault]:
+    yield part
+    parameters = part.content.get("parameters")
+    if "parameters" in SECTIONS[part.kind].keys and not isinstance(parameters, Mapping | None):
+        yield _wrong_shape(document, (*part.path, "parameters"), "a mapping", parameters)
+    for key, shape, kind in SECTIONS[part.kind].below:
+        value = part.content.get(key)
+        if value is None:
+            continue
+        path = (*part.path, key)
+        if isinstance(value, list) and shape == "list":
+            entries: list[tuple[str | int, Any]] = list(enumerate(value))
+        elif isinstance(value, Mapping) and shape == "named":
+            entries = [(str(name), one) for name, one in value.items()]
+        elif isinstance(value, Mapping) and shape == "one":
+            yield from _walk(document, Part(kind, path, value, part.base))
+            continue
+        else:
+            wanted = {"list": "a list of mappings", "named": "a mapping of mappings"}
+            yield _wrong_shape(document, path, wanted.get(shape, "a mapping"), value)
+            continue
+        for name, one in entries:
+            below = (*path, name)
+            if isinstance(one, Mapping):
+                yield from _walk_entry(document, kind, below, one, part.base)
+            else:
+                yield _wrong_shape(document, below, "a mapping", one)
+
+
+def _walk_entry(
+    document: Document, kind: str, path: Path, content: Mapping[str, Any], base: str | None
+) -> Iterator[Part | Fault]:
+    model = None
+    if kind == "slice" and content.get("base_model") is not None:
+        own = yield from _reference(document, (*path, "base_model"), content["base_model"])
+        base = own or base
+    if kind in INPUTS:
+        if content.get("model") is None:
+            yield Fault("reference", f"{Place(path)!s}: has no 'model'", document.place(*path))
+            return
+        model = yield from _reference(document, (*path, "model"), content["model"])
+        if model is None:
+            return
+    yield from _walk(document, Part(kind, path, content, base, model))
+
+
+def unknown_keys(
+    document: Document,
+    part: Part,
+    parameters: Collection[str] = (),
+    foreign: Collection[str] = (),
+) -> Iterator[Fault]:
+    """Keys of one part that nobody reads.
+
+    Args:
+        document: The recipe.
+        part: The part.
+        parameters: Those of the recipe's merge method.
+        foreign: Those that only other methods have.
+
+    Yields:
+        An error for a key that is misspelt, as far as one can tell, and for a parameter that does
+        not stand under ``parameters``; a warning for any other, and for a parameter of another
+        method its name.
+    """
+    known = SECTIONS[part.kind].known
+    holds_parameters = "parameters" in known
+    for key in map(str, part.content):
+        if key in known:
+            continue
+        place = document.place(*part.path, key)
+        line = f"{part.label}: mergekit ignores the key {key!r}"
+        meant = key if key in parameters else nearest(key, parameters, _MISSPELT)
+        if near := nearest(key, known, _MISSPELT):
+            yield Fault("key", f"{line}; did you mean {near}?", place, nearest=near)
+        elif holds_parameters and meant:
+            hint = "" if meant == key else f"; did you mean {meant}?"
+            message = f"{line}: parameters stand under `parameters`{hint}"
+            yield Fault("misplaced", message, place, nearest=meant)
+        elif holds_parameters and key in foreign:
+            yield Fault("foreign", f"{key} (beside `parameters`)", place, level="warning")
+        else:
+            message = f"{line}; there it knows {', '.join(known)}"
+            yield Fault("key", message, place, level="warning")
+
+
+def reference_string(reference: object) -> str:
+    """A model reference as ``str(mergekit.common.ModelReference)`` writes it.
+
+    A string comes back as it is. Written again here for the same reason as the table above.
+
+    Raises:
+        ValueError: if mergekit would not read it.
+    """
+    if isinstance(reference, str) and reference:
+        parts = reference.split("+")
+        if len(parts) > 2 or any(part.count("@") > 1 for part in parts):
+            raise ValueError(f"{reference!r} is not of the form MODEL[@REVISION][+LORA[@REVISION]]")
+        return reference
+    if isinstance(reference, Mapping) and reference.get("model"):
+        paths = [reference["model"]] + ([reference["lora"]] if reference.get("lora") else [])
+        return "+".join(_path_string(path) for path in paths)
+    raise ValueError(f"{reference!r} is not a model: write a path or a Hugging Face name")
+
+
+def _path_string(path: object) -> str:
+    if isinstance(path, str):
+        return path
+    if isinstance(path, Mapping) and isinstance(path.get("path"), str):
+        revision = path.get("revision")
+        return f"{path['path']}@{revision}" if revision else str(path["path"])
+    raise ValueError(f"{path!r} is not a model: write a path, or {{path: …, revision: …}}")
+
+
+def _reference(document: Document, path: Path, value: object) -> Generator[Fault, None, str | None]:
+    """Yields the fault, if there is one; returns the reference in its string form, or None."""
+    if value is None:
+        return None
+    try:
+        return reference_string(value)
+    except ValueError as error:
+        yield Fault("reference", f"{Place(path)!s}: {error}", document.place(*path))
+        return None
+
+
+def _wrong_shape(document: Document, path: Path, wanted: str, found: object) -> Fault:
+    message = f"{Place(path)!s}: should be {wanted}, found {kind_of(found)}"
+    return Fault("shape", message, document.place(*path))
+
+
+def kind_of(value: object) -> str:
+    """What a value is, in a word or two for an error."""
+    if isinstance(value, list):
+        return "a list" + (f" with {kind_of(value[0])}" if value else "")
+    return {str: "a text", dict: "a mapping", type(None): "nothing"}.get(type(value), repr(value))
