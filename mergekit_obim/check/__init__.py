@@ -82,8 +82,8 @@ def compare(
     base = None
     if recipe.get("base_model"):
         reference = ModelReference.model_validate(recipe["base_model"])
-        here = not absent(reference, options)
-        base = Opened(str(reference), reference, *open_model(reference, options, weights=here))
+        if not absent(reference, options):
+            base = Opened(str(reference), reference, *open_model(reference, options))
     findings = comparison_findings(
         base,
         [

@@ -105,12 +105,12 @@ def warnings_of(findings: Sequence[Finding]) -> list[str]:
 
 
 class _Vocabularies:
-    """The tokens of models whose rows are to be mixed, each read once.
+    """The tokenizers of a recipe's models.
 
     Args:
         models: The base, if it is here, and the experts.
-        trust_remote_code: As above.
-        cache_dir: As above.
+        trust_remote_code: Whether a tokenizer's own code may run.
+        cache_dir: Where models from the Hub are, if not in the usual place.
     """
 
     def __init__(
