@@ -537,6 +537,15 @@ def test_the_pre_pass_refuses_what_the_merge_would(world: World, tmp_path: Path)
     assert not (tmp_path / "out").exists()
 
 
+def test_the_pre_pass_needs_no_base_to_compare_with(
+    world: World, tmp_path: Path, reached: type[Exception]
+) -> None:
+    recipe = with_expert(world, world.math, base_model="nobody/nothing")
+    path = commands.write_recipe(tmp_path, recipe)
+    result = commands.obim_saliency(path, tmp_path / "out")
+    assert isinstance(result.exception, reached), result.output
+
+
 def test_the_pre_pass_says_that_an_expert_is_the_base(
     world: World, tmp_path: Path, reached: type[Exception]
 ) -> None:

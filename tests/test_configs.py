@@ -10,6 +10,7 @@ from transformers import (
     Gemma3Config,
     Gemma3TextConfig,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MixtralConfig,
     PretrainedConfig,
@@ -117,6 +118,11 @@ def test_configurations_that_mean_the_same(own: PretrainedConfig, base: Pretrain
             MixtralConfig(num_experts_per_tok=1),
             MixtralConfig(),
             ("num_experts_per_tok 1 (the base's: 2)",),
+        ),
+        (
+            Llama4TextConfig(attention_chunk_size=64),
+            Llama4TextConfig(),
+            ("attention_chunk_size 64 (the base's: 8192)",),
         ),
         (
             Gemma3Config(vision_config={"layer_norm_eps": 1e-3}),

@@ -36,10 +36,11 @@ class _Setting:
     fatal: bool = False
 
 
-# Most names are those of several of transformers' configurations; the first that fits counts.
+# Each family has its own names for the same thing, so these are patterns, tried on all of
+# transformers' configurations. The first that fits a key counts.
 _IGNORED = re.compile(
-    r"dropout|drop_|_pdrop|init|jitter|_loss|loss_|gradient|summary|classif|freeze|fp32|mtp_|token"
-    r"|_implementation|rescale_prenorm|chunk_size"
+    r"dropout|drop_|_pdrop|init|jitter|_loss|loss_|gradient|summary|classif|freeze|fp32|mtp_"
+    r"|_implementation|rescale_prenorm"
     r"|max_window|window_pattern"  # of which transformers makes layer_types
 )
 _SETTINGS = (
@@ -64,7 +65,9 @@ _SETTINGS = (
     _Setting(  # Granite's multipliers, Gemma's soft caps and query_pre_attn_scalar
         re.compile(r"multiplier|softcap|scal(e|ing|ar)(_|$)|clip|swiglu_|alpha|_factor$|normaliz")
     ),
-    _Setting(re.compile(r"window|layer_types|block_type|is_causal|bidirectional|attn_layer")),
+    _Setting(  # sliding_window, layer_types, attention_chunk_size
+        re.compile(r"window|layer_types|block_type|attention_chunk|causal|bidirectional|attn_layer")
+    ),
 )
 # Names of one function; GELU's approximation by tanh is within 1e-3 of GELU.
 _SAME_FUNCTION = {
