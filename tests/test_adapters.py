@@ -98,8 +98,8 @@ class Setting:
         options = ("--check", "--json", "--lora-merge-cache", self.cache)
         result = commands.obim_saliency(self.write(), *where, *options)
         found = json.loads(result.stdout)
-        assert result.exit_code == bool(found["faults"])
-        return found["faults"], found["warnings"]
+        assert result.exit_code == bool(found["errors"])
+        return found["errors"], found["warnings"]
 
     def merge(self, **changes: Any) -> Any:
         return commands.mergekit_yaml(

@@ -83,7 +83,9 @@ def test_through_the_command(name: str, tmp_path: Path) -> None:
         "models": [{"model": str(folder), "calibration": {"data": str(data), "max_length": 16}}],
     }
     path = commands.write_recipe(tmp_path, recipe)
-    ARCHITECTURES[name].build(seed=1).save_pretrained(tmp_path / "base")
+    base = ARCHITECTURES[name].build(seed=1)
+    base.resize_token_embeddings(VOCAB_SIZE, mean_resizing=False)
+    base.save_pretrained(tmp_path / "base")
     byte_tokenizer(tmp_path / "base")
     result = succeed(commands.obim_saliency(path, tmp_path / "out"))
     file = tmp_path / "out" / saliency_file_name(str(folder))

@@ -10,10 +10,10 @@ from typing import Any
 import huggingface_hub
 import mergekit.card
 import pytest
-from mergekit_obim.methods.recipes import _asks_the_hub
 
 import commands
 from commands import World, refusal, says, succeed
+from mergekit_obim.recipe.fix import _is_taken_for_the_hubs
 from mergekit_obim.recipe.references import identity, written_in_two_ways
 
 
@@ -36,7 +36,7 @@ def models(world: World, *names: str) -> list[dict[str, Any]]:
 def check(path: Path, *options: object) -> tuple[list[str], list[str]]:
     result = commands.obim_saliency("--check", "--json", path, *options)
     found = json.loads(result.stdout)
-    return found["faults"], found["warnings"]
+    return found["errors"], found["warnings"]
 
 
 def refused_by_all(world: World, tmp_path: Path, **changes: Any) -> str:
@@ -143,7 +143,7 @@ def test_a_file_is_kept_however_its_model_is_written(world: World, tmp_path: Pat
 
 
 @pytest.mark.usefixtures("here")
-def test_which_folders_the_card_asks_the_hub_about(
+def test_which_folders_the_card_is_taken_for_the_hubs_about(
     monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     asked = []
@@ -160,7 +160,11 @@ def test_which_folders_the_card_asks_the_hub_about(
     paths += [f"./{folder}", f"../{world.root.parent.name}", f"{folder}/none", f"./{folder}/none"]
     for path in paths:
         mergekit.card.is_hf(path)
-    assert asked == [path for path in paths if _asks_the_hub(path)] == [f"{folder}/math", folder]
+    assert (
+        asked
+        == [path for path in paths if _is_taken_for_the_hubs(path)]
+        == [f"{folder}/math", folder]
+    )
 
 
 @pytest.mark.usefixtures("here")

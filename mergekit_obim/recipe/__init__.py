@@ -107,7 +107,7 @@ def _dtypes(document: Document) -> Iterator[Fault]:
                 f"{key}: mergekit cannot merge to {name!r}: write float32, bfloat16, float16 or "
                 "float64"
             )
-            yield Fault("value", message, document.place(key))
+            yield Fault("plan", message, document.place(key))
 
 
 __all__ = ["Document", "Fault", "Method", "Part", "Place", "recipe_faults"]

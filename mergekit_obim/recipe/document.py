@@ -75,7 +75,8 @@ def read_document(path: FilePath) -> Document:
     documents = read_documents(path)
     if len(documents) != 1:
         raise RecipeError(
-            f"{path}: holds {len(documents)} recipes, for mergekit-multi: give a file of one"
+            f"{path}: is a mergekit-multi recipe of {len(documents)} documents: give each stage a "
+            "file of its own here"
         )
     return documents[0]
 

@@ -42,9 +42,9 @@ def path_warnings(document: Document) -> Iterator[Fault]:
                 found.setdefault(name, []).append(document.place(*path))
     for name, (place, *others) in found.items():
         message = (
-            f"model {name}: is a folder here, but mergekit's card writer asks the Hub about a name "
-            "like that; without a network, mergekit-yaml then ends with a traceback once all is "
-            f"merged: write ./{name}, or give --no-write-model-card"
+            f"mergekit's model card asks the Hub whether the folder {name} is a model there: "
+            "without a network the merge ends in a traceback when all is merged; write "
+            f"./{name} in the recipe, or give mergekit-yaml --no-write-model-card"
         )
         yield Fault("path", message, place, level="warning", others=tuple(others))
 
