@@ -26,7 +26,8 @@ ROOMS = {
     "mergekit_obim.recipe": {"pydantic", "yaml", "mergekit_obim.errors"},
     "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
     "mergekit_obim.saliency": {
-        *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim.errors"),
+        *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim"),
+        "mergekit_obim.errors",
     },
     "mergekit_obim.models": {
         *("mergekit", "torch", "transformers", "mergekit_obim.errors"),

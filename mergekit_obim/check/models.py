@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,17 @@ class Model:
 
 
 def open_models(
-    config: MergeConfiguration, options: RunOptions, verdict: Verdict
+    config: MergeConfiguration, stages: Collection[str], options: RunOptions, verdict: Verdict
 ) -> dict[ModelReference, Model]:
+    """Every model that is here, but for those that other recipes of the file will make."""
     models = {}
     for reference in sorted(config.referenced_models(), key=str):
+        if reference.model.path in stages:
+            verdict.warnings.append(
+                f"model {reference}: another recipe of this file makes it: its weights were not "
+                "looked at"
+            )
+            continue
         reason = absent(reference, options)
         if reason:
             verdict.warnings.append(f"model {reference}: {reason}: its weights were not looked at")

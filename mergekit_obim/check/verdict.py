@@ -43,6 +43,19 @@ class Verdict:
                 self.densities = fault.amount
             (self.errors if fault.level == "error" else self.warnings).append(str(fault))
 
+    def absorb(self, other: Verdict, label: str) -> None:
+        """Add what was found of another recipe of the same file, each line after its label."""
+        prefix = f"{label}: " if label else ""
+        self.errors += [prefix + line for line in other.errors]
+        self.warnings += [prefix + line for line in other.warnings]
+        self.fallbacks += other.fallbacks
+        self.distances |= other.distances
+        self.cosines |= other.cosines
+        for command, cost in other.cost.items():
+            before = self.cost.get(command)
+            self.cost[command] = before.then(cost) if before else cost
+        self.densities = other.densities
+
     def to_json(self) -> str:
         """For machines: also whether it is all right."""
         return json.dumps({"ok": not self.errors, **asdict(self)}, indent=2)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ _GROUPS = {
     "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
     "Output": ("dense", "overwrite", "quiet", "verbosity"),
     "Check": ("check", "fixed", "as_json"),
+    "Combine": ("combine", "output"),
     "Hardware": ("device", "device_map", "max_memory"),
     "Storage": ("transformers_cache", "lora_merge_cache"),
     "Dangerous Options": ("trust_remote_code",),
@@ -38,6 +40,10 @@ _GROUPS = {
 
 class GroupedHelp(click.Command):
     """Help in groups, in mergekit-yaml's manner."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] CONFIG OUT_DIR")
+        formatter.write_usage(ctx.command_path, "--combine FILE FILE... -o NEW", "       ")
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         params = {param.name: param for param in self.get_params(ctx)}
@@ -90,9 +96,8 @@ class DeviceMemory(ParamType):
 
 @click.command("obim-saliency", cls=GroupedHelp)
 @click.argument("config", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.argument(
-    "out_dir", type=click.Path(file_okay=False, path_type=Path), required=False, metavar="OUT_DIR"
-)
+@click.argument("out_dir", type=click.Path(path_type=Path), required=False, metavar="OUT_DIR")
+@click.argument("more", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
@@ -127,6 +132,19 @@ class DeviceMemory(ParamType):
     help="With --check: write a recipe in which all is put right that is clear, and say what",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
+@click.option(
+    "--combine",
+    is_flag=True,
+    help="Measure nothing: write the means of saliency files, weighted by their tokens, for what "
+    "was merged of their models",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="NEW",
+    help="With --combine: the file to write",
+)
 @click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors")
 @click.option("-v", "verbosity", count=True, help="Verbose logging, tracebacks (repeat for more)")
 @click.option(
@@ -147,9 +165,12 @@ class DeviceMemory(ParamType):
 def main(
     config: Path,
     out_dir: Path | None,
+    more: tuple[Path, ...],
     check: bool,
     fixed: Path | None,
     as_json: bool,
+    combine: bool,
+    output: Path | None,
     **options: Any,
 ) -> None:
     """Measure the saliency of every expert in a merge recipe.
@@ -161,10 +182,19 @@ def main(
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
-    if out_dir is None and not check:
-        raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     level = [logging.WARNING, logging.INFO][min(options["verbosity"], 1)]
     logging.basicConfig(level=logging.DEBUG if options.pop("verbosity") > 1 else level)
+    if combine or output:
+        if not (combine and output and out_dir):
+            raise click.UsageError("--combine takes two or more files, and -o NEW")
+        _combine([config, out_dir, *more], output, options["overwrite"])
+        return
+    if more:
+        raise click.UsageError(f"Got unexpected extra argument ({more[0]})")
+    if out_dir is not None and out_dir.is_file():
+        raise click.UsageError(f"Invalid value for 'OUT_DIR': Directory '{out_dir}' is a file.")
+    if out_dir is None and not check:
+        raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     if check:
         _check(config, out_dir, fixed, as_json, options)
     elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
@@ -180,9 +210,10 @@ def _check(
     config: Path, out_dir: Path | None, fixed: Path | None, as_json: bool, options: dict[str, Any]
 ) -> None:
     """What the command does with --check."""
-    from mergekit_obim.recipe.document import read_document
+    from mergekit_obim.recipe.document import read_document, read_documents
 
-    document, overrides, only = read_document(config), _overrides(options), options.pop("model")
+    documents = read_documents(config) if fixed is None else [read_document(config)]
+    overrides, only = _overrides(options), options.pop("model")
     if fixed and fixed.exists() and fixed.samefile(config):
         raise RecipeError(f"--fix {fixed}: is the recipe itself: name another file")
     if fixed and fixed.exists() and not options["overwrite"]:
@@ -190,9 +221,9 @@ def _check(
 
     from mergekit_obim import check as checking
 
-    run_options = _run_options(document.content, options)
+    run_options = _run_options(documents[0].content, options)
     if fixed is None:
-        verdict = checking.check(document, out_dir, run_options, overrides, only)
+        verdict = checking.check(documents, out_dir, run_options, overrides, only)
     else:
         text = config.read_bytes().decode()  # with the line ends that it has
         text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
@@ -222,14 +253,19 @@ def _measure(
     assert out_dir is not None
 
     from mergekit_obim.recipe import recipe_faults
-    from mergekit_obim.recipe.document import read_document
-    from mergekit_obim.recipe.experts import find_experts
-    from mergekit_obim.recipe.faults import fold, raise_errors, warnings_of
+    from mergekit_obim.recipe.document import read_documents
+    from mergekit_obim.recipe.experts import find_in_all
+    from mergekit_obim.recipe.faults import labelled, raise_errors, warnings_of
+    from mergekit_obim.recipe.keys import base_of
 
-    document, only = read_document(config), options.pop("model")
-    found = find_experts(document, _overrides(options), only)
+    documents, only = read_documents(config), options.pop("model")
+    found = find_in_all(documents, _overrides(options), only)
     # What needs no mergekit to be seen is told at once; the parameters' turn comes once it is here.
-    raise_errors([*recipe_faults(document), *found.faults, *found.uncalibrated.values()])
+    faults = []
+    for document, experts in zip(documents, found, strict=True):
+        faults += labelled([*recipe_faults(document), *experts.faults], document.label)
+        faults += labelled(experts.uncalibrated.values(), document.label)
+    raise_errors(faults)
 
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
@@ -237,31 +273,67 @@ def _measure(
     from mergekit_obim.planned import read_recipe
 
     ranks = ranks or Ranks()
-    recipe, experts = document.content, found.measured
-    run_options = _run_options(recipe, options, ranks.local)
-    faults = [*read_recipe(document)[1], *found.faults]
+    run_options = _run_options(documents[0].content, options, ranks.local)
+    faults = []
+    for document, experts in zip(documents, found, strict=True):
+        faults += labelled([*read_recipe(document)[1], *experts.faults], document.label)
     raise_errors(faults)
-    for fault in fold(warnings_of(faults)) if ranks.first else ():
+    for fault in warnings_of(faults) if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
-    base = recipe.get("base_model")
+
+    jobs = [
+        (document, expert, replace(run_options, merge_dtype=document.content.get("dtype")))
+        for document, experts in zip(documents, found, strict=True)
+        for expert in experts.measured
+    ]
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     prepared = ranks.machine_by_machine(
-        lambda: [prepare_expert(expert, base, out_dir, run_options, ranks) for expert in experts]
+        lambda: [
+            prepare_expert(expert, base_of(document), out_dir, own, ranks)
+            for document, expert, own in jobs
+        ]
     )
-    for doubt in checking.doubts(prepared, base, run_options) if ranks.first else ():
-        click.echo(f"Warning: {doubt}", err=True)
-    for number, one in enumerate(prepared, 1):
-        measured = measure(one, run_options, ranks)
+    for document in documents if ranks.first else ():
+        its = [one for one, job in zip(prepared, jobs, strict=True) if job[0] is document]
+        for doubt in checking.doubts(its, base_of(document), run_options):
+            click.echo(f"Warning: {doubt}", err=True)
+    for number, (one, (_, _, own)) in enumerate(zip(prepared, jobs, strict=True), 1):
+        measured = measure(one, own, ranks)
         if measured is None:
             continue  # the first process says it
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
-        if not run_options.quiet:
-            click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+        if not own.quiet:
+            click.echo(f"[{number}/{len(jobs)}] {_summary(measured)}")
+
+
+def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
+    """What the command does with --combine."""
+    if output.exists() and (not overwrite or any(output.samefile(path) for path in paths)):
+        raise RecipeError(
+            f"--output {output}: is there already: name another file"
+            + ("" if overwrite else ", or give --overwrite")
+        )
+
+    from mergekit_obim.saliency.combine import combine
+
+    try:
+        file = combine(paths, output)
+    except OSError as error:
+        raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
+    click.echo(
+        f"{output}: {len(file.shapes)} tensors of "
+        + ", ".join(
+            f"{one['model']} ({one['tokens']:,} tokens)"
+            for one in file.metadata.calibration["combined"]
+        )
+    )
+    if left := len(file.metadata.unscored):
+        click.echo(f"Warning: {left} tensors are not in every file, and left unscored", err=True)
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def path_warnings(document: Document) -> Iterator[Fault]:
     found: dict[str, list[Place]] = {}
     for path, reference in _references(document):
         for name in _paths(reference):
-            if _is_taken_for_the_hubs(name):
+            if name not in document.stages and _is_taken_for_the_hubs(name):
                 found.setdefault(name, []).append(document.place(*path))
     for name, (place, *others) in found.items():
         message = (
