@@ -88,7 +88,7 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
 def look_through(
     config: MergeConfiguration, options: MergeOptions
 ) -> tuple[list[tuple[Any, Any]], Findings]:
-    """The same, with everything that is wrong as values and not as an error.
+    """Plan a recipe as :func:`plan` does, but with what is wrong as values and not as an error.
 
     Returns:
         What was planned, nothing if mergekit could not; and what was found.

@@ -235,7 +235,7 @@ def test_check_reads_the_images(tmp_path: Path) -> None:
     (tmp_path / "3.png").unlink()
     result = obim_saliency("--check", recipe, tmp_path / "out")
     assert result.exit_code == 1
-    says(result.stdout, f"Fault: {tmp_path / 'model'}", "line 5", tmp_path / "3.png", "no such")
+    says(result.stdout, f"Error: {tmp_path / 'model'}", "line 5", tmp_path / "3.png", "no such")
 
 
 # --- errors ---------------------------------------------------------------------------------

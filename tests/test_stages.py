@@ -94,7 +94,11 @@ def test_what_cannot_be_combined(tmp_path: Path) -> None:
     says(refused(dense), dense, "dense", "without --dense")
     untold = write(tmp_path / "untold.safetensors", {"w": torch.ones(1, 5)}, None)
     says(refused(untold), untold, "how many tokens", "model untold")
-    says(refused(tmp_path / "none.safetensors"), "none.safetensors", "no such saliency file")
+    message = refused(tmp_path / "none.safetensors")
+    says(message, "none.safetensors", "no such saliency file")
+    assert "cannot be written" not in message
+    blocked = ("--combine", good, good, "-o", good / "new.safetensors")
+    says(refusal(commands.obim_saliency(*blocked)), "cannot be written")
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     says(refused(tmp_path / "model.safetensors"), "not a saliency file")
     taken = ("--combine", good, good, "-o", good)

@@ -41,6 +41,7 @@ from mergekit_obim.recipe.calibration import is_local_file
 from mergekit_obim.recipe.document import parse
 from mergekit_obim.recipe.experts import Expert, Experts, find_experts, find_in_all
 from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
+from mergekit_obim.recipe.keys import base_of
 
 
 def doubts(
@@ -112,14 +113,15 @@ def check(
     """
     verdict = Verdict()
     for document, found in zip(documents, find_in_all(documents, overrides, only), strict=True):
-        verdict.absorb(_check(document, found, out_dir, options), document.label)
+        own = replace(options, merge_dtype=document.content.get("dtype"))
+        verdict.absorb(_check(document, found, out_dir, own), document.label)
     return verdict
 
 
 def _check(
     document: Document, found: Experts, out_dir: Path | None, options: RunOptions
 ) -> Verdict:
-    verdict, recipe = Verdict(), document.content
+    verdict = Verdict()
     config, faults = read_recipe(document)
     if out_dir is None:  # the merge is next, and would miss it
         faults = [replace(f, level="error") if f.kind == "stage" else f for f in faults]
@@ -144,7 +146,7 @@ def _check(
         for model, fault in found.uncalibrated.items()
         if out_dir is not None or _names(missing, model)
     )
-    tokens = _check_calibration(to_measure, recipe, models, out_dir, options, verdict)
+    tokens = _check_calibration(to_measure, base_of(document), models, out_dir, options, verdict)
     _estimate(config, to_measure, tokens, models, options, verdict)
     verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
@@ -157,7 +159,7 @@ def _names(lines: Collection[str], model: str) -> bool:
 
 def _check_calibration(
     experts: Collection[Expert],
-    recipe: Mapping[str, Any],
+    base: object,
     models: Mapping[ModelReference, Model],
     out_dir: Path | None,
     options: RunOptions,
@@ -181,9 +183,8 @@ def _check_calibration(
                 tokens += most
                 continue
             try:
-                prepared = prepare_expert(
-                    expert, recipe.get("base_model"), out_dir or Path(nowhere), options, Ranks()
-                )
+                folder = out_dir or Path(nowhere)
+                prepared = prepare_expert(expert, base, folder, options, Ranks())
             except ObimError as error:
                 verdict.errors.append(error.message)
                 continue

@@ -58,7 +58,9 @@ class Verdict:
 
     def to_json(self) -> str:
         """For machines: also whether it is all right."""
-        return json.dumps({"ok": not self.errors, **asdict(self)}, indent=2)
+        told = {"ok": not self.errors, **asdict(self)}
+        del told["densities"]  # which an error tells of
+        return json.dumps(told, indent=2)
 
     def lines(self) -> list[str]:
         """For people: a line each."""

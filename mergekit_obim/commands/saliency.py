@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_obim import __version__
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import ObimError, RecipeError, one_line
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -323,6 +323,8 @@ def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
 
     try:
         file = combine(paths, output)
+    except ObimError:
+        raise  # some of which are OSErrors too
     except OSError as error:
         raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
     click.echo(

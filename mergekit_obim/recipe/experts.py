@@ -80,7 +80,11 @@ def find_in_all(
     overrides: Mapping[str, Any] | None = None,
     only: Collection[str] = (),
 ) -> list[Experts]:
-    """The same of every recipe of a file; an expert of several recipes is the first one's."""
+    """Find the experts of every recipe of a file, as :func:`find_experts` does those of one.
+
+    Returns:
+        What was found, by recipe. An expert of several recipes is the first one's.
+    """
     options = {key: value for key, value in (overrides or {}).items() if value is not None}
     given = {"data": "any.txt", **options}
     wrong_options = list(calibration_faults(given, "", lambda path: Place(), options=True))

@@ -145,7 +145,7 @@ def errors_of(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def warnings_of(faults: Iterable[Fault]) -> list[Fault]:
-    """The faults that do not."""
+    """The faults that are only worth a word."""
     return [fault for fault in faults if fault.level == "warning"]
 
 

@@ -96,6 +96,8 @@ def mend(text: str, find: Callable[[Document], Iterable[Fault]]) -> tuple[str, l
 def _mended(text: str, document: Document, fault: Fault, path: Path) -> tuple[str, Change] | None:
     """The text with one fault put right at one place; None if that takes somebody who knows."""
     where, near = str(Place(path)), fault.nearest
+    if not path:
+        return None
     written = _value(document, path) if fault.kind == "method" else path[-1]
     if near and nearest(str(written), [near], _SURE) is None:
         return None  # it may well be something else

@@ -2,7 +2,8 @@
 
 mergekit drops a key that it does not know without a word. What it knows is written down here and
 not asked of its pydantic models, because importing them takes seconds, and a misspelt recipe
-should be told at once; a test holds the table to them. A new key of ours goes into ``OURS``.
+should be told at once; a test holds the table to them. A new key of ours goes into the ``ours`` of
+its section, and is known everywhere.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Section:
 
     @property
     def known(self) -> tuple[str, ...]:
+        """Every key that somebody reads."""
         return self.keys + self.ours
 
 
