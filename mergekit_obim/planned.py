@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
-from mergekit_obim.methods.planning import Findings, PlannedMethod, plan_module_checked, registry
+from mergekit_obim.methods.mergekit_hooks import plan_module_checked, plans_ours
+from mergekit_obim.methods.planning import Findings, registry
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import Path, raise_errors
 
@@ -112,7 +113,7 @@ class _LookingPlanner(MergePlanner):
         self.found = Findings()
 
     def plan_module(self, module_name: str, definition: Any) -> None:
-        if isinstance(self._method, PlannedMethod):
+        if plans_ours(self):
             plan_module_checked(self, module_name, self.found)
         else:
             super().plan_module(module_name, definition)

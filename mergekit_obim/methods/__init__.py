@@ -1,9 +1,12 @@
 """Our merge methods, as mergekit knows them: one adapter a file, over the kernels.
 
-``parameters``  what a recipe may say
-``saliency``    an expert's stored saliency, fit to the merged tensor
-``planning``    finding everything that can be wrong before a tensor is merged
-``base``        what the methods do alike when they merge
+``parameters``      what a recipe may say
+``saliency``        an expert's stored saliency, fit to the merged tensor
+``names``           the names of a weight in an expert's checkpoint
+``planning``        finding everything that can be wrong before a tensor is merged
+``vocabulary``      the rows that tokenizer options move
+``mergekit_hooks``  every touch of mergekit's private parts
+``base``            what the methods do alike when they merge
 """
 
 from __future__ import annotations
