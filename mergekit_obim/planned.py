@@ -16,7 +16,8 @@ from pydantic import ValidationError
 
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
-from mergekit_obim.methods.planning import Findings, PlannedMethod, plan_module_checked, registry
+from mergekit_obim.methods.mergekit_hooks import plan_module_checked, plans_ours
+from mergekit_obim.methods.planning import Findings, registry
 from mergekit_obim.models.adapters import trust_by_content
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import Path, raise_errors
@@ -97,7 +98,7 @@ def plan(
 def look_through(
     config: MergeConfiguration, options: MergeOptions
 ) -> tuple[list[tuple[Any, Any]], Findings]:
-    """The same, with everything that is wrong as values and not as an error.
+    """Plan a recipe as :func:`plan` does, but with what is wrong as values and not as an error.
 
     Returns:
         What was planned, nothing if mergekit could not; and what was found.
@@ -121,7 +122,7 @@ class _LookingPlanner(MergePlanner):
         self.found = Findings()
 
     def plan_module(self, module_name: str, definition: Any) -> None:
-        if isinstance(self._method, PlannedMethod):
+        if plans_ours(self):
             plan_module_checked(self, module_name, self.found)
         else:
             super().plan_module(module_name, definition)

@@ -76,6 +76,7 @@ def test_help_is_grouped_and_loads_nothing_heavy() -> None:
         "Calibration": "--samples --max-length --batch-size --seed --dtype --model",
         "Output": "--dense --overwrite --quiet -v",
         "Check": "--check --fix --json",
+        "Combine": "--combine -o",
         "Hardware": "--device --device-map --max-memory",
         "Storage": "--transformers-cache --lora-merge-cache",
         "Dangerous Options": "--trust-remote-code",

@@ -40,6 +40,7 @@ from mergekit import merge_methods
 from mergekit.scripts import run_yaml
 
 from commands import (
+    mergekit_multi,
     mergekit_yaml,
     obim_card,
     obim_kinship,
@@ -81,6 +82,7 @@ COMMANDS: dict[str, Callable[..., Result]] = {
     "obim-card": obim_card,
     "obim-kinship": obim_kinship,
     "obim-report": obim_report,
+    "mergekit-multi": mergekit_multi,
     "mergekit-yaml": mergekit_yaml,
 }
 
@@ -323,7 +325,7 @@ def test_the_recipes_page_has_every_calibration_key_as_it_is() -> None:
 
 
 def test_the_recipes_page_has_every_option() -> None:
-    for option in OPTIONS["obim-saliency"] - {"config", "out_dir", "--version", "--help"}:
+    for option in OPTIONS["obim-saliency"] - {"config", "out_dir", "more", "--version", "--help"}:
         assert f"`{option}`" in RECIPES, option
 
 

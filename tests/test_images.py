@@ -234,11 +234,11 @@ def test_a_merge_by_what_was_measured(tmp_path: Path) -> None:
 
 def test_check_reads_the_images(tmp_path: Path) -> None:
     recipe = write_world(tmp_path, "llava")
-    assert "no faults" in succeed(obim_saliency("--check", recipe, tmp_path / "out")).stdout
+    assert "no errors" in succeed(obim_saliency("--check", recipe, tmp_path / "out")).stdout
     (tmp_path / "3.png").unlink()
     result = obim_saliency("--check", recipe, tmp_path / "out")
     assert result.exit_code == 1
-    says(result.stdout, f"Fault: {tmp_path / 'model'}", "line 5", tmp_path / "3.png", "no such")
+    says(result.stdout, f"Error: {tmp_path / 'model'}", "line 5", tmp_path / "3.png", "no such")
 
 
 # --- errors ---------------------------------------------------------------------------------

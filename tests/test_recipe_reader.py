@@ -23,6 +23,7 @@ from mergekit.options import MergeOptions
 from mergekit.tokenizer.config import TokenEmbeddingConfig, TokenizerConfig
 from pydantic import BaseModel
 
+import checkpoints
 import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim.errors import RecipeError, SaliencyNotFoundError
@@ -332,6 +333,20 @@ def test_the_merge_warns_of_what_it_ignores_once(
     assert f"{ignored}int8_mask (beside `parameters`), normalize, epsilon" in stderr
     checked = commands.obim_saliency("--check", "--json", path, tmp_path / "measured")
     assert f"{ignored}int8_mask (beside" in json.loads(checked.stdout)["warnings"][0]
+
+
+def test_a_base_with_parameters_in_a_slice_is_no_expert(world: World, tmp_path: Path) -> None:
+    sources: list[dict[str, Any]] = [
+        {"model": str(model), "layer_range": [0, commands.LAYERS]}
+        for model in (world.math, world.base, world.code)
+    ]
+    recipe = world.recipe(models=None, slices=[{"sources": sources}])
+    for name in ("without", "with"):
+        path = commands.write_recipe(tmp_path, recipe)
+        succeed(commands.mergekit_yaml(path, tmp_path / name))
+        sources[1]["parameters"] = {"density": 0.9, "weight": -1}
+    merged = [checkpoints.read_checkpoint(tmp_path / name) for name in ("without", "with")]
+    commands.same_tensors(*merged)
 
 
 def test_names_with_spaces(world: World, tmp_path: Path) -> None:

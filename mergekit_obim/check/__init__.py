@@ -10,7 +10,8 @@ pre-pass's own preparations, and a sample of the weights (``mergekit_obim.models
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -35,8 +36,9 @@ from mergekit_obim.planned import read_recipe
 from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_here
 from mergekit_obim.recipe.document import parse
-from mergekit_obim.recipe.experts import Expert, find_experts
+from mergekit_obim.recipe.experts import Expert, Experts, find_experts, find_in_all
 from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
+from mergekit_obim.recipe.keys import base_of
 
 
 def doubts(
@@ -74,17 +76,17 @@ def fix(
         yield from path_warnings(document)
 
     text, changes = mend(text, wrong)
-    verdict = check(parse(text)[0], out_dir, options, overrides, only)
+    verdict = check(parse(text), out_dir, options, overrides, only)
     if verdict.densities is not None:  # what it takes the models' tensors to see
         text, more = scale_densities(text, verdict.densities)
-        verdict = check(parse(text)[0], out_dir, options, overrides, only)
+        verdict = check(parse(text), out_dir, options, overrides, only)
         changes += more
     verdict.changes = told(changes)
     return text, verdict
 
 
 def check(
-    document: Document,
+    documents: Sequence[Document],
     out_dir: Path | None,
     options: RunOptions,
     overrides: Mapping[str, Any] | None = None,
@@ -93,7 +95,8 @@ def check(
     """Check a recipe for the merge, or for the pre-pass before it.
 
     Args:
-        document: The recipe.
+        documents: The recipe, or those of a file for mergekit-multi: what one of them makes is
+            not there yet, and cannot be looked at where another uses it.
         out_dir: Where the pre-pass is going to write. Then a saliency file that it will make
             may be missing; otherwise the merge is to come, and calibration may be missing.
         options: Of the pre-pass.
@@ -101,8 +104,19 @@ def check(
         only: The experts to measure, all if empty.
     """
     verdict = Verdict()
-    recipe, found = document.content, find_experts(document, overrides, only)
+    for document, found in zip(documents, find_in_all(documents, overrides, only), strict=True):
+        own = replace(options, merge_dtype=document.content.get("dtype"))
+        verdict.absorb(_check(document, found, out_dir, own), document.label)
+    return verdict
+
+
+def _check(
+    document: Document, found: Experts, out_dir: Path | None, options: RunOptions
+) -> Verdict:
+    verdict = Verdict()
     config, faults = read_recipe(document)
+    if out_dir is None:  # the merge is next, and would miss it
+        faults = [replace(f, level="error") if f.kind == "stage" else f for f in faults]
     verdict.add([*faults, *found.faults, *path_warnings(document)])
     if config is None:
         verdict.add(found.uncalibrated.values())
@@ -113,7 +127,7 @@ def check(
             f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
         )
     check_adapters(config, out_dir, options, verdict)
-    opened = check_models(config, options, verdict)
+    opened = check_models(config, document.stages, options, verdict)
     missing = check_plan(config, opened, out_dir, options, verdict)
     to_measure = [
         expert for expert in found.measured if out_dir is not None or _names(missing, expert.model)
@@ -124,7 +138,7 @@ def check(
         for model, fault in found.uncalibrated.items()
         if out_dir is not None or _names(missing, model)
     )
-    tokens = _check_calibration(to_measure, recipe, opened, out_dir, options, verdict)
+    tokens = _check_calibration(to_measure, base_of(document), opened, out_dir, options, verdict)
     _estimate(config, to_measure, tokens, opened.readable, options, verdict)
     verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
@@ -137,7 +151,7 @@ def _names(lines: Collection[str], model: str) -> bool:
 
 def _check_calibration(
     experts: Collection[Expert],
-    recipe: Mapping[str, Any],
+    base: object,
     opened: Opened,
     out_dir: Path | None,
     options: RunOptions,
@@ -162,7 +176,7 @@ def _check_calibration(
             try:
                 prepared = prepare_expert(
                     expert,
-                    recipe.get("base_model"),
+                    base,
                     opened.models,
                     out_dir or Path(nowhere),
                     options,

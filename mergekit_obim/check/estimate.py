@@ -42,6 +42,11 @@ class Cost:
     memory: int
     seconds: float
 
+    def then(self, other: Cost) -> Cost:
+        """Of one command after the other."""
+        memory = max(self.memory, other.memory)
+        return Cost(self.disk + other.disk, memory, self.seconds + other.seconds)
+
 
 def merge_cost(
     shapes: Mapping[str, Sequence[int]], experts: int, stored: torch.dtype, written: torch.dtype

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from mergekit.common import ModelReference
@@ -31,9 +32,24 @@ def experts_of(config: MergeConfiguration) -> list[ModelReference]:
     return sorted((m for m in config.referenced_models() if m != config.base_model), key=str)
 
 
-def check_models(config: MergeConfiguration, options: RunOptions, verdict: Verdict) -> Opened:
-    """Open the recipe's models, and note what they are by themselves and beside the base."""
-    opened = open_models(config.referenced_models(), options)
+def check_models(
+    config: MergeConfiguration, stages: Collection[str], options: RunOptions, verdict: Verdict
+) -> Opened:
+    """Open the recipe's models, and note what they are by themselves and beside the base.
+
+    Args:
+        config: The recipe.
+        stages: The models that other recipes of the same file will make.
+        options: How models are read.
+        verdict: Where it is noted.
+    """
+    to_come = [m for m in config.referenced_models() if m.model.path in stages]
+    for reference in sorted(to_come, key=str):
+        verdict.warnings.append(
+            f"model {reference}: another recipe of this file makes it: its weights were not "
+            "looked at"
+        )
+    opened = open_models(set(config.referenced_models()).difference(to_come), options)
     for reference, reason in opened.absent.items():
         verdict.warnings.append(f"model {reference}: {reason}: its weights were not looked at")
         try:

@@ -50,9 +50,24 @@ class Verdict:
             lines = self.warnings if finding.severity == "warning" else self.errors
             lines.append(finding.message)
 
+    def absorb(self, other: Verdict, label: str) -> None:
+        """Add what was found of another recipe of the same file, each line after its label."""
+        prefix = f"{label}: " if label else ""
+        self.errors += [prefix + line for line in other.errors]
+        self.warnings += [prefix + line for line in other.warnings]
+        self.fallbacks += other.fallbacks
+        self.distances |= other.distances
+        self.cosines |= other.cosines
+        for command, cost in other.cost.items():
+            before = self.cost.get(command)
+            self.cost[command] = before.then(cost) if before else cost
+        self.densities = other.densities
+
     def to_json(self) -> str:
         """For machines: also whether it is all right."""
-        return json.dumps({"ok": not self.errors, **asdict(self)}, indent=2)
+        told = {"ok": not self.errors, **asdict(self)}
+        del told["densities"]  # which an error tells of
+        return json.dumps(told, indent=2)
 
     def lines(self) -> list[str]:
         """For people: a line each."""

@@ -8,6 +8,8 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +18,16 @@ import click
 from mergekit_obim.commands.options import (
     FILE,
     NEW_FILE,
-    NEW_FOLDER,
     GroupedHelp,
     shared_options,
     start_logging,
 )
-from mergekit_obim.errors import CheckpointError, RecipeError, one_line
+from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
 if TYPE_CHECKING:
+    from mergekit.common import ModelReference
     from mergekit.config import MergeConfiguration
 
     from mergekit_obim.calibration.options import RunOptions
@@ -82,11 +84,13 @@ class DeviceMemory(ParamType):
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
         "Output": ("dense", "overwrite"),
         "Check": ("check", "fixed", "as_json"),
+        "Combine": ("combine", "output"),
         "Hardware": ("device", "device_map", "max_memory"),
     },
 )
 @click.argument("config", type=FILE)
-@click.argument("out_dir", type=NEW_FOLDER, required=False, metavar="OUT_DIR")
+@click.argument("out_dir", type=click.Path(path_type=Path), required=False, metavar="OUT_DIR")
+@click.argument("more", type=click.Path(path_type=Path), nargs=-1)
 @click.option("--samples", type=click.IntRange(min=1), help="Rows per data source  [default: 100]")
 @click.option(
     "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
@@ -122,6 +126,19 @@ class DeviceMemory(ParamType):
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option(
+    "--combine",
+    is_flag=True,
+    help="Measure nothing: write the means of saliency files, weighted by their tokens, for what "
+    "was merged of their models",
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="NEW",
+    help="With --combine: the file to write",
+)
+@click.option(
     "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
 )
 @click.option(
@@ -134,9 +151,12 @@ class DeviceMemory(ParamType):
 def main(
     config: Path,
     out_dir: Path | None,
+    more: tuple[Path, ...],
     check: bool,
     fixed: Path | None,
     as_json: bool,
+    combine: bool,
+    output: Path | None,
     **options: Any,
 ) -> None:
     """Measure the saliency of every expert in a merge recipe.
@@ -148,9 +168,18 @@ def main(
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
+    start_logging(options.pop("verbosity"))
+    if combine or output:
+        if not (combine and output and out_dir):
+            raise click.UsageError("--combine takes two or more files, and -o NEW")
+        _combine([config, out_dir, *more], output, options["overwrite"])
+        return
+    if more:
+        raise click.UsageError(f"Got unexpected extra argument ({more[0]})")
+    if out_dir is not None and out_dir.is_file():
+        raise click.UsageError(f"Invalid value for 'OUT_DIR': Directory '{out_dir}' is a file.")
     if out_dir is None and not check:
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
-    start_logging(options.pop("verbosity"))
     if check:
         _check(config, out_dir, fixed, as_json, options)
     elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
@@ -166,9 +195,10 @@ def _check(
     config: Path, out_dir: Path | None, fixed: Path | None, as_json: bool, options: dict[str, Any]
 ) -> None:
     """What the command does with --check."""
-    from mergekit_obim.recipe.document import read_document
+    from mergekit_obim.recipe.document import read_document, read_documents
 
-    document, overrides, only = read_document(config), _overrides(options), options.pop("model")
+    documents = read_documents(config) if fixed is None else [read_document(config)]
+    overrides, only = _overrides(options), options.pop("model")
     if fixed and fixed.exists() and fixed.samefile(config):
         raise RecipeError(f"--fix {fixed}: is the recipe itself: name another file")
     if fixed and fixed.exists() and not options["overwrite"]:
@@ -176,9 +206,9 @@ def _check(
 
     from mergekit_obim import check as checking
 
-    run_options = _run_options(document.content, options)
+    run_options = _run_options(documents[0].content, options)
     if fixed is None:
-        verdict = checking.check(document, out_dir, run_options, overrides, only)
+        verdict = checking.check(documents, out_dir, run_options, overrides, only)
     else:
         text = config.read_bytes().decode()  # with the line ends that it has
         text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
@@ -208,54 +238,104 @@ def _measure(
     assert out_dir is not None
 
     from mergekit_obim.recipe import recipe_faults
-    from mergekit_obim.recipe.document import read_document
-    from mergekit_obim.recipe.experts import find_experts
-    from mergekit_obim.recipe.faults import fold, raise_errors, warnings_of
+    from mergekit_obim.recipe.document import read_documents
+    from mergekit_obim.recipe.experts import find_in_all
+    from mergekit_obim.recipe.faults import labelled, raise_errors, warnings_of
+    from mergekit_obim.recipe.keys import base_of
 
-    document, only = read_document(config), options.pop("model")
-    found = find_experts(document, _overrides(options), only)
+    documents, only = read_documents(config), options.pop("model")
+    found = find_in_all(documents, _overrides(options), only)
     # What needs no mergekit to be seen is told at once; the parameters' turn comes once it is here.
-    raise_errors([*recipe_faults(document), *found.faults, *found.uncalibrated.values()])
+    faults = []
+    for document, experts in zip(documents, found, strict=True):
+        faults += labelled([*recipe_faults(document), *experts.faults], document.label)
+        faults += labelled(experts.uncalibrated.values(), document.label)
+    raise_errors(faults)
+
+    from mergekit.common import ModelReference
 
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
-    from mergekit_obim.calibration.run import measure, prepare_expert
-    from mergekit_obim.planned import read_config, read_recipe
+    from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
+    from mergekit_obim.planned import read_recipe
 
     ranks = ranks or Ranks()
-    recipe, experts = document.content, found.measured
-    run_options = _run_options(recipe, options, ranks.local)
-    faults = [*read_recipe(document)[1], *found.faults]
+    run_options = _run_options(documents[0].content, options, ranks.local)
+    faults, merges = [], []
+    for document, experts in zip(documents, found, strict=True):
+        merge, wrong = read_recipe(document)
+        merges.append(merge)
+        faults += labelled([*wrong, *experts.faults], document.label)
     raise_errors(faults)
-    for fault in fold(warnings_of(faults)) if ranks.first else ():
+    for fault in warnings_of(faults) if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
-    base, merge = recipe.get("base_model"), read_config(recipe)
+
+    jobs: list[tuple[Prepared, RunOptions]] = []
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
-    opened = ranks.local_first(lambda: _inspected(merge, experts, run_options, ranks))
-    prepared = ranks.local_first(
-        lambda: [
-            prepare_expert(expert, base, opened.models, out_dir, run_options, ranks)
-            for expert in experts
-        ]
-    )
-    for doubt in checking.doubts(prepared, merge.base_model, opened) if ranks.first else ():
-        click.echo(f"Warning: {doubt}", err=True)
-    for number, one in enumerate(prepared, 1):
-        measured = measure(one, run_options, ranks)
+    for document, merge, experts in zip(documents, merges, found, strict=True):
+        assert merge is not None  # else there were errors
+        own = replace(run_options, merge_dtype=document.content.get("dtype"))
+        base = ModelReference.model_validate(base_of(document)) if base_of(document) else None
+        opened = ranks.local_first(partial(_inspected, merge, base, experts.measured, own, ranks))
+        prepare = partial(
+            prepare_expert,
+            base_model=base,
+            models=opened.models,
+            out_dir=out_dir,
+            options=own,
+            ranks=ranks,
+        )
+        prepared = ranks.local_first(partial(list[Prepared], map(prepare, experts.measured)))
+        for doubt in checking.doubts(prepared, base, opened) if ranks.first else ():
+            click.echo(f"Warning: {doubt}", err=True)
+        jobs += [(one, own) for one in prepared]
+    for number, (one, own) in enumerate(jobs, 1):
+        measured = measure(one, own, ranks)
         if measured is None:
             continue  # the first process says it
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
-        if not run_options.quiet:
-            click.echo(f"[{number}/{len(experts)}] {_summary(measured)}")
+        if not own.quiet:
+            click.echo(f"[{number}/{len(jobs)}] {_summary(measured)}")
+
+
+def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
+    """What the command does with --combine."""
+    if output.exists() and (not overwrite or any(output.samefile(path) for path in paths)):
+        raise RecipeError(
+            f"--output {output}: is there already: name another file"
+            + ("" if overwrite else ", or give --overwrite")
+        )
+
+    from mergekit_obim.saliency.combine import combine
+
+    try:
+        file = combine(paths, output)
+    except ObimError:
+        raise  # some of which are OSErrors too
+    except OSError as error:
+        raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
+    click.echo(
+        f"{output}: {len(file.shapes)} tensors of "
+        + ", ".join(
+            f"{one['model']} ({one['tokens']:,} tokens)"
+            for one in file.metadata.calibration["combined"]
+        )
+    )
+    if left := len(file.metadata.unscored):
+        click.echo(f"Warning: {left} tensors are not in every file, and left unscored", err=True)
 
 
 def _inspected(
-    merge: MergeConfiguration, experts: Sequence[Expert], options: RunOptions, ranks: Ranks
+    merge: MergeConfiguration,
+    base: ModelReference | None,
+    experts: Sequence[Expert],
+    options: RunOptions,
+    ranks: Ranks,
 ) -> Opened:
     """The experts to measure and their base, opened and looked at.
 
@@ -272,7 +352,6 @@ def _inspected(
     )
     from mergekit_obim.models.opened import open_model
 
-    base = merge.base_model
     opened = open_models([base] if base else [], options)
     # What is to be measured is downloaded, and its adapter merged, if need be.
     for expert in experts:

@@ -1,11 +1,13 @@
 """Our merge methods, as mergekit knows them: one adapter a file, over the kernels.
 
-``parameters``  what a recipe may say
-``saliency``    an expert's stored saliency, fit to the merged tensor
-``preflight``   inspecting the models before mergekit opens them
-``recipes``     what mergekit finds out only in the middle of the merge
-``planning``    finding everything that can be wrong before a tensor is merged
-``base``        what the methods do alike when they merge
+``parameters``      what a recipe may say
+``saliency``        an expert's stored saliency, fit to the merged tensor
+``names``           the names of a weight in an expert's checkpoint
+``preflight``       inspecting the models before mergekit opens them
+``planning``        finding everything that can be wrong before a tensor is merged
+``vocabulary``      the rows that tokenizer options move
+``mergekit_hooks``  every touch of mergekit's private parts
+``base``            what the methods do alike when they merge
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import logging
 from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
-from mergekit_obim.methods import preflight
 from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
+from mergekit_obim.methods.mergekit_hooks import listen
 from mergekit_obim.methods.obim import OBIM
 from mergekit_obim.methods.obm_sign import OBM_SIGN
 from mergekit_obim.methods.pcb import PCB
@@ -40,4 +42,4 @@ def register() -> None:
                 "mergekit already has a merge method %r; mergekit-obim's stays out",
                 method.spec.name,
             )
-    preflight.install([method.spec.name for method in METHODS])
+    listen([method.spec.name for method in METHODS])

@@ -21,7 +21,8 @@ from mergekit_obim.kernels.scores import (
     Saliency,
     random_key,
 )
-from mergekit_obim.methods.planning import UNWARNED, PlannedInput, PlannedMethod, is_planned
+from mergekit_obim.methods.mergekit_hooks import HookedMethod
+from mergekit_obim.methods.planning import UNWARNED, PlannedInput, is_planned
 from mergekit_obim.methods.saliency import stored_scores
 from mergekit_obim.recipe import Fault
 
@@ -50,7 +51,7 @@ class _ReadBytes:
 _READ = _ReadBytes()
 
 
-class ExpertMethod(PlannedMethod):
+class ExpertMethod(HookedMethod):
     """A merge of the experts' differences from one base, tensor by tensor."""
 
     def merge_group(self, group: TensorGroup, /, **parameters: Any) -> torch.Tensor:

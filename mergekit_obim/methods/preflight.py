@@ -1,47 +1,29 @@
 """Looking at a recipe's models before mergekit does, so that faults are told in our words.
 
-mergekit opens models and works out their architecture before it plans, and ends with a traceback
-where a model is not what it expects. Its first step with a recipe is `get_architecture_info`: with
-one of our methods, the models are inspected before it. With any other method nothing happens. (A
-hook of mergekit's own, called with the recipe and the options before a merge begins, would replace
-this.)
+`mergekit_hooks` calls this as soon as mergekit has a recipe with one of our methods.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import sys
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import mergekit.architecture
 from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
+from pydantic import BaseModel
 
-from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
+from mergekit_obim.errors import CheckpointError, ObimError
 from mergekit_obim.models.findings import Finding
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors
 from mergekit_obim.recipe.fix import path_warnings
 
 LOG = logging.getLogger("mergekit_obim")
-
-_HOOKED = "get_architecture_info"
-
-
-def install(method_names: Collection[str]) -> None:
-    """Have the models of recipes with these methods inspected first; again changes nothing."""
-    # Registration usually happens while mergekit.merge is being imported, which has its own
-    # reference to the function by then.
-    for module in (mergekit.architecture, sys.modules.get("mergekit.merge")):
-        original = getattr(module, _HOOKED, None)
-        if original is not None and not hasattr(original, "__wrapped__"):
-            vars(module)[_HOOKED] = _inspecting(original, frozenset(method_names))
 
 
 def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
@@ -51,7 +33,7 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         CheckpointError: Some cannot; the message names them all, and what to do.
     """
     # Imported here: whoever merges with another method should not wait for it.
-    from mergekit_obim.methods.planning import registry, written
+    from mergekit_obim.methods.planning import registry
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
 
@@ -124,20 +106,13 @@ def _warn(findings: Iterable[Finding]) -> list[Fault]:
     return errors
 
 
-def _inspecting(original: Callable[..., Any], method_names: frozenset[str]) -> Callable[..., Any]:
-    from mergekit_obim.models.adapters import trust_by_content
+def written(value: Any) -> Any:
+    """A recipe, or a part of it, as a file would have it, of plain mappings and lists.
 
-    @functools.wraps(original)
-    def get_architecture_info(config: Any, options: MergeOptions) -> Any:
-        if getattr(config, "merge_method", None) not in method_names:
-            return original(config, options)
-        trust_by_content()
-        inspect_recipe(config, options)
-        try:
-            return original(config, options)
-        except ObimError:
-            raise
-        except Exception as error:  # mergekit, transformers and the Hub raise many kinds
-            raise RecipeError(f"mergekit cannot plan this merge: {one_line(error)}") from error
-
-    return get_architecture_info
+    pydantic's own ``model_dump`` fails where the name of a model has a space in it.
+    """
+    if isinstance(value, BaseModel):
+        return {name: written(part) for name, part in value if part is not None}
+    if isinstance(value, Mapping):
+        return {name: written(part) for name, part in value.items()}
+    return [written(part) for part in value] if isinstance(value, list | tuple) else value

@@ -5,38 +5,14 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_obim.errors import SaliencyFileError
 from mergekit_obim.kernels.scores import GivenScores, Saliency
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import locate, open_saliency
-
-
-@dataclass(frozen=True)
-class VocabularyRows:
-    """Where mergekit's tokenizer options took each row of a vocabulary axis from.
-
-    Attributes:
-        axis: The vocabulary axis.
-        rows: Per row of the merged tensor the row in the expert's own, −1 for none.
-    """
-
-    axis: int
-    rows: tuple[int, ...]
-
-    def apply(self, h: torch.Tensor) -> torch.Tensor:
-        """Bring what is stored per token into the merged vocabulary's order; new rows score 0."""
-        if h.shape[self.axis] == 1:
-            return h
-        rows = torch.tensor(self.rows, device=h.device)
-        h = h.index_select(self.axis, rows.clamp(min=0)).movedim(self.axis, 0)
-        h[rows < 0] = 0
-        return h.movedim(0, self.axis)
 
 
 def stored_scores(

@@ -17,7 +17,12 @@ from collections.abc import Iterator, Mapping
 from mergekit_obim.recipe.document import Document
 from mergekit_obim.recipe.faults import Fault, Place, nearest
 from mergekit_obim.recipe.keys import INPUTS, Part, unknown_keys, walk
-from mergekit_obim.recipe.parameters import Method, parameter_faults, share_warnings
+from mergekit_obim.recipe.parameters import (
+    Method,
+    parameter_faults,
+    share_warnings,
+    stage_warnings,
+)
 from mergekit_obim.recipe.references import written_in_two_ways
 
 # What mergekit's `dtype_from_name` knows of floating-point numbers.
@@ -72,6 +77,8 @@ def recipe_faults(
         message = f"{method.name} ignores parameters of other merge methods: {names}"
         yield Fault("foreign", message, first, level="warning", others=tuple(others))
     yield from share_warnings(document, parts, method)
+    if "saliency" in method.parameters:
+        yield from stage_warnings(document, parts)
 
 
 def _structure(document: Document, parts: list[Part], *, readable: bool) -> Iterator[Fault]:

@@ -6,7 +6,7 @@ PyYAML reads it, as it does in mergekit, so both see the same recipe.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -24,11 +24,16 @@ class Document:
         content: What YAML has.
         lines: The line of each key and list entry, from 1, by the path that leads there.
         twice: The keys that stand twice in one mapping; YAML keeps the last.
+        label: What to call it where there are several: mergekit-multi's name for it.
+        stages: The names of the file's other recipes: a model of that name is what one of them
+            makes.
     """
 
     content: Mapping[str, Any]
     lines: Mapping[Path, int] = field(default_factory=dict)
     twice: tuple[Place, ...] = ()
+    label: str = ""
+    stages: frozenset[str] = frozenset()
 
     def place(self, *path: str | int) -> Place:
         """Where a path leads, with the line of it or else of the nearest thing around it."""
@@ -50,7 +55,7 @@ class Document:
 
 
 def read_documents(path: FilePath) -> list[Document]:
-    """Read every recipe of a file.
+    """Read every recipe of a file: several are stages of one merge, for mergekit-multi.
 
     Raises:
         RecipeError: It is not YAML, or holds something that is no mapping.
@@ -63,7 +68,17 @@ def read_documents(path: FilePath) -> list[Document]:
         raise RecipeError(
             f"{path}: not a recipe: it should be a mapping with merge_method and models"
         )
-    return documents
+    if len(documents) == 1:
+        return documents
+    names = [one.content.get("name") for one in documents]
+    return [
+        replace(
+            one,
+            label=str(name or f"recipe {number}"),
+            stages=frozenset(str(other) for other in names if other is not None) - {str(name)},
+        )
+        for number, (one, name) in enumerate(zip(documents, names, strict=True), 1)
+    ]
 
 
 def read_document(path: FilePath) -> Document:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +17,7 @@ from mergekit_obim.recipe.calibration import (
 )
 from mergekit_obim.recipe.document import Document
 from mergekit_obim.recipe.faults import Fault, Path, Place, nearest
-from mergekit_obim.recipe.keys import INPUTS, Part, walk
+from mergekit_obim.recipe.keys import Part, walk
 from mergekit_obim.recipe.references import identity
 
 # Stands for the data where the other settings are checked by themselves.
@@ -62,8 +62,8 @@ def find_experts(
 ) -> Experts:
     """The recipe's experts and their calibration, in the recipe's order.
 
-    Experts are the models under ``models``, ``slices`` and ``modules`` but the base; one that
-    stands in several slices is one expert.
+    Experts are the models under ``models``, ``slices`` and ``modules`` but the base, and but what
+    another recipe of the file makes; one that stands in several slices is one expert.
 
     Args:
         document: The recipe. What is wrong with its keys is for ``recipe_faults`` to say.
@@ -72,29 +72,57 @@ def find_experts(
         only: If not empty, the references of the experts to return. The others need no
             calibration.
     """
-    faults: list[Fault] = []
+    [found] = find_in_all([document], overrides, only)
+    return found
+
+
+def find_in_all(
+    documents: Sequence[Document],
+    overrides: Mapping[str, Any] | None = None,
+    only: Collection[str] = (),
+) -> list[Experts]:
+    """Find the experts of every recipe of a file, as :func:`find_experts` does those of one.
+
+    Returns:
+        What was found, by recipe. An expert of several recipes is the first one's.
+    """
     options = {key: value for key, value in (overrides or {}).items() if value is not None}
     given = {"data": "any.txt", **options}
     wrong_options = list(calibration_faults(given, "", lambda path: Place(), options=True))
-    faults += wrong_options
+    parts = [_expert_parts(document) for document in documents]
+    known = [model for found in parts for model in found]
+    # However an expert is written: `./math` and `math` are one.
+    spelt = {identity(model): model for model in known}
+    only = [spelt.get(identity(model), model) for model in only]
+    unknown = [_unknown(model, known) for model in only if model not in known]
+    seen: dict[str, Calibration] = {}
+    every: list[Experts] = []
+    for document, found in zip(documents, parts, strict=True):
+        wanted = {model: own for model, own in found.items() if not only or model in only}
+        experts = _experts_of(document, wanted, {} if wrong_options else options)
+        for expert in list(experts.measured):
+            if seen.setdefault(expert.model, expert.calibration) != expert.calibration:
+                experts.faults.append(_two_calibrations(document, found[expert.model][0]))
+            elif any(expert.model == other.model for one in every for other in one.measured):
+                experts.measured.remove(expert)
+        every.append(experts)
+    every[0].faults[:0] = [*wrong_options, *unknown]
+    return every
+
+
+def _expert_parts(document: Document) -> dict[str, list[Part]]:
+    """Where each expert stands, by its reference."""
     found: dict[str, list[Part]] = {}
     for part in walk(document):
-        if not isinstance(part, Part) or part.kind not in INPUTS or part.model is None:
-            continue
-        if not part.is_base:
+        if isinstance(part, Part) and part.model and not (part.is_base or part.is_stage):
             found.setdefault(part.model, []).append(part)
-        elif part.content.get("calibration") is not None:
-            place = document.place(*part.path, "calibration")
-            message = f"{part.label}: is the base, which is not measured: its calibration is unused"
-            faults.append(Fault("calibration", message, place, level="warning"))
-    known = {identity(model): model for model in found}
-    only = [known.get(identity(model), model) for model in only]
-    for model in only:
-        if model not in found:
-            near = nearest(model, found)
-            hint = f"did you mean {near!r}?" if near else f"known: {', '.join(found)}"
-            message = f"--model {model}: not an expert of this recipe ({hint})"
-            faults.append(Fault("calibration", message))
+    return found
+
+
+def _experts_of(
+    document: Document, found: Mapping[str, list[Part]], options: Mapping[str, Any]
+) -> Experts:
+    faults = list(_unused(document))
     defaults, wrong_defaults = _read(document, (), document.content.get("calibration"), "")
     # Checked on its own, so that its faults are told once and not for every model.
     faults += wrong_defaults
@@ -104,8 +132,6 @@ def find_experts(
     measured: list[Expert] = []
     uncalibrated: dict[str, Fault] = {}
     for model, parts in found.items():
-        if only and model not in only:
-            continue
         calibrations: list[Calibration] = []
         calibrated = [part for part in parts if part.content.get("calibration") is not None]
         for part in calibrated or parts[:1]:
@@ -121,15 +147,35 @@ def find_experts(
                     uncalibrated[model] = _no_data(document, part)
                 continue
             faults += wrong
-            if not wrong and not wrong_options:
+            if not wrong:
                 calibrations.append(Calibration.model_validate(overridden(whole, options)))
         if any(calibration != calibrations[0] for calibration in calibrations):
-            message = f"model {model}: has two different calibrations; keep one of them"
-            place = document.place(*calibrated[1].path, "calibration")
-            faults.append(Fault("calibration", message, place))
+            faults.append(_two_calibrations(document, calibrated[1]))
         if calibrations:
             measured.append(Expert(model, calibrations[0], parts[0].content["model"]))
     return Experts(measured, faults, uncalibrated)
+
+
+def _unused(document: Document) -> Iterator[Fault]:
+    for part in walk(document):
+        if isinstance(part, Part) and (part.is_base or part.is_stage):
+            if part.content.get("calibration") is None:
+                continue
+            what = "is the base" if part.is_base else "is made by another recipe of this file"
+            place = document.place(*part.path, "calibration")
+            message = f"{part.label}: {what}, and is not measured: its calibration is not used"
+            yield Fault("calibration", message, place, level="warning")
+
+
+def _unknown(model: str, known: Sequence[str]) -> Fault:
+    near = nearest(model, known)
+    hint = f"did you mean {near!r}?" if near else f"known: {', '.join(known)}"
+    return Fault("calibration", f"--model {model}: not an expert of this recipe ({hint})")
+
+
+def _two_calibrations(document: Document, part: Part) -> Fault:
+    message = f"{part.label}: has two different calibrations; keep one of them"
+    return Fault("calibration", message, document.place(*part.path, "calibration"))
 
 
 def _read(

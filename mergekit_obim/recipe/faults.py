@@ -27,6 +27,7 @@ Kind = Literal[
     "scope",  # a parameter for all models under one of them
     "value",  # a parameter's value
     "shares",  # weights that mean something else in the recipe's method
+    "stage",  # a model that another recipe of the file makes
     "path",  # a folder that is taken for a repository on the Hub
     "calibration",  # the calibration keys of the pre-pass
     "densities",  # of one tensor, over 1
@@ -73,6 +74,7 @@ class Fault:
         tensor: The tensor whose plan showed it, if one did; the message names it too.
         amount: Of densities, what they sum to.
         error: The kind of error that it is raised as.
+        recipe: Which recipe of the file it is of, where there are several.
     """
 
     kind: Kind
@@ -84,10 +86,12 @@ class Fault:
     tensor: str | None = None
     amount: float | None = None
     error: type[ObimError] = RecipeError
+    recipe: str = ""
 
     def __str__(self) -> str:
-        """The message, after the line of the file where that is known."""
-        return f"line {self.place.line}: {self.message}" if self.place.line else self.message
+        """The message, after the recipe's label and the line of the file where there are such."""
+        line = f"line {self.place.line}" if self.place.line else ""
+        return ": ".join(filter(None, (self.recipe, line, self.message)))
 
 
 def fault_of(error: ObimError, kind: Kind, tensor: str | None = None) -> Fault:
@@ -98,6 +102,11 @@ def fault_of(error: ObimError, kind: Kind, tensor: str | None = None) -> Fault:
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The known word that is most like this one, if any is like it."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
+
+
+def labelled(faults: Iterable[Fault], label: str) -> list[Fault]:
+    """The faults of one recipe of several, which each of them will name."""
+    return [replace(fault, recipe=label) for fault in fold(faults)]
 
 
 def setting_path(path: Path) -> Path:
@@ -115,10 +124,11 @@ def fold(faults: Iterable[Fault]) -> list[Fault]:
     The same fault of many tensors becomes that of the first; densities that sum to over 1 become
     those that sum to most. Each says how many more tensors there are.
     """
-    groups: dict[str, list[Fault]] = {}
+    groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
         what = fault.message.replace(fault.tensor, "") if fault.tensor else fault.message
-        groups.setdefault(fault.kind if fault.kind == "densities" else what, []).append(fault)
+        what = fault.kind if fault.kind == "densities" else what
+        groups.setdefault((fault.recipe, what), []).append(fault)
     return [_folded(group) for group in groups.values()]
 
 
@@ -135,7 +145,7 @@ def errors_of(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def warnings_of(faults: Iterable[Fault]) -> list[Fault]:
-    """The faults that do not."""
+    """The faults that are only worth a word."""
     return [fault for fault in faults if fault.level == "warning"]
 
 

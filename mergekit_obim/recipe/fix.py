@@ -38,7 +38,7 @@ def path_warnings(document: Document) -> Iterator[Fault]:
     found: dict[str, list[Place]] = {}
     for path, reference in _references(document):
         for name in _paths(reference):
-            if _is_taken_for_the_hubs(name):
+            if name not in document.stages and _is_taken_for_the_hubs(name):
                 found.setdefault(name, []).append(document.place(*path))
     for name, (place, *others) in found.items():
         message = (
@@ -96,6 +96,8 @@ def mend(text: str, find: Callable[[Document], Iterable[Fault]]) -> tuple[str, l
 def _mended(text: str, document: Document, fault: Fault, path: Path) -> tuple[str, Change] | None:
     """The text with one fault put right at one place; None if that takes somebody who knows."""
     where, near = str(Place(path)), fault.nearest
+    if not path:
+        return None
     written = _value(document, path) if fault.kind == "method" else path[-1]
     if near and nearest(str(written), [near], _SURE) is None:
         return None  # it may well be something else

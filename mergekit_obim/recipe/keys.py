@@ -2,11 +2,13 @@
 
 mergekit drops a key that it does not know without a word. What it knows is written down here and
 not asked of its pydantic models, because importing them takes seconds, and a misspelt recipe
-should be told at once; a test holds the table to them. A new key of ours goes into ``OURS``.
+should be told at once; a test holds the table to them. A new key of ours goes into the ``ours`` of
+its section, and is known everywhere.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -33,6 +35,7 @@ class Section:
 
     @property
     def known(self) -> tuple[str, ...]:
+        """Every key that somebody reads."""
         return self.keys + self.ours
 
 
@@ -85,6 +88,7 @@ class Part:
         content: Its keys and values.
         base: The base model that holds there, as a reference in mergekit's string form.
         model: Of a model or a slice's source, its reference in the same form.
+        is_stage: Whether that is what another recipe of the file makes.
     """
 
     kind: str
@@ -92,6 +96,7 @@ class Part:
     content: Mapping[str, Any]
     base: str | None = None
     model: str | None = None
+    is_stage: bool = False
 
     @property
     def is_base(self) -> bool:
@@ -164,7 +169,8 @@ def _walk_entry(
         model = yield from _reference(document, (*path, "model"), content["model"])
         if model is None:
             return
-    yield from _walk(document, Part(kind, path, content, base, model))
+    is_stage = model is not None and _path_of(model) in document.stages
+    yield from _walk(document, Part(kind, path, content, base, model, is_stage))
 
 
 def unknown_keys(
@@ -205,6 +211,17 @@ def unknown_keys(
         else:
             message = f"{line}; there it knows {', '.join(known)}"
             yield Fault("key", message, place, level="warning")
+
+
+def base_of(document: Document) -> object:
+    """The recipe's base as it is written; None without one, or if another recipe makes it."""
+    base = document.content.get("base_model")
+    made = base is not None and _path_of(reference_string(base)) in document.stages
+    return None if made else base
+
+
+def _path_of(reference: str) -> str:
+    return re.split("[+@]", reference)[0]
 
 
 def reference_string(reference: object) -> str:

@@ -121,6 +121,19 @@ def leaves(setting: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
         yield path, setting
 
 
+def stage_warnings(document: Document, parts: Sequence[Part]) -> Iterator[Fault]:
+    """Say what a model needs that another recipe of the file makes: nobody can measure it yet."""
+    for part in parts:
+        if part.is_stage and not part.is_base and "saliency" not in dict(settings_of(part)):
+            message = (
+                f"{part.label}: is made by another recipe of this file, so it cannot be measured "
+                "beforehand: once its experts are, `obim-saliency --combine A.safetensors "
+                "B.safetensors -o C.safetensors` makes its statistics of theirs; then set "
+                "`saliency: C.safetensors` below it"
+            )
+            yield Fault("stage", message, document.place(*part.path), level="warning")
+
+
 def share_warnings(document: Document, parts: Sequence[Part], method: Method) -> Iterator[Fault]:
     """Warn of weights that were a share of a sum, under a method that copies elements.
 

@@ -1,0 +1,321 @@
+"""Every touch of what mergekit 0.1.5 keeps to itself; nothing else in this package patches it.
+
+mergekit calls a method with tensors and parameter values, but not with the *input* tensors' names,
+which a saliency is looked up by and which differ from the output's where ``slices`` move layers;
+and it calls a method only once it merges, when half a recipe may have been merged already. So its
+two planners are wrapped: `MergePlanner.plan_module` of mergekit-yaml, and `construct_param_dicts`
+of mergekit-pytorch. Wrapped, they check the whole recipe and hand the names on as ordinary
+parameters of mergekit's task graph. It is the method's own ``validate_inputs`` that wraps them.
+
+Before it plans, mergekit opens every model, and merges adapters, and ends with a traceback where
+one is not what it expects. So `get_architecture_info`, its first step with a recipe, is wrapped
+when our methods are registered: of a recipe with one of them the models are inspected first, and
+adapters are merged by `models.adapters`. With any other method nothing changes.
+
+What would replace this module upstream, in `MergeMethod`: a `prepare(config, options)`, called
+before a model is opened; a `plan(config, tasks)`, called once after all tasks are planned and
+before one is run, that may refuse or return others; and the input tensor's own name in
+`TensorEntry`. Until then a mergekit that plans in another way ends in an error that says so
+(``methods.base``), never in a guess.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Collection, Hashable, Iterable, Sequence
+from typing import Any
+
+import mergekit.architecture
+import torch
+from mergekit.common import ModelReference
+from mergekit.io import LazyTensorLoader
+from mergekit.merge_methods.base import BatchOptions, TensorGroup
+
+from mergekit_obim.errors import ObimError, RecipeError, one_line
+from mergekit_obim.methods.names import scored_names, stored_name
+from mergekit_obim.methods.planning import (
+    UNWARNED,
+    Findings,
+    PlannedInput,
+    PlannedMethod,
+    is_planned,
+    plan_in_memory,
+    plan_tensor,
+    registry,
+    verified_once,
+)
+from mergekit_obim.methods.preflight import inspect_files, inspect_recipe, written
+from mergekit_obim.methods.vocabulary import vocabulary_rows
+from mergekit_obim.models.adapters import trust_by_content
+from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.relation import relate
+from mergekit_obim.recipe import Document, Fault, recipe_faults
+from mergekit_obim.recipe.faults import raise_errors, setting_path
+from mergekit_obim.saliency.file import SaliencyFile
+
+LOG = logging.getLogger("mergekit_obim")
+_FIRST_STEP = "get_architecture_info"
+# How mergekit's planner calls the inputs of a slice, before it plans a tensor of it.
+_PLANNERS_SLICE = re.compile(r"\.slices\[\d+\]$")
+
+
+class HookedMethod(PlannedMethod):
+    """A planned method that brings mergekit's planners to check its recipes."""
+
+    def validate_inputs(
+        self,
+        input_ids: Sequence[Hashable],
+        base_id: Hashable | None = None,
+        *,
+        group_name: str | None = None,
+    ) -> None:
+        """Wrap the planners, the first of which calls this before it plans any tensor."""
+        install()
+        if group_name and _PLANNERS_SLICE.search(group_name):
+            return  # `plan_module` comes next, and tells it with everything else
+        super().validate_inputs(input_ids, base_id, group_name=group_name)
+        if group_name is None and all(isinstance(i, ModelReference) for i in input_ids):
+            # mergekit-pytorch, which opens the files next; mergekit-yaml's names have a group.
+            inspect_files([i for i in input_ids if isinstance(i, ModelReference)], base_id)
+
+    def _execute(
+        self,
+        groups: Sequence[TensorGroup],
+        parameters: list[dict[str, Any]],
+        options: BatchOptions,
+        **dtypes: Any,
+    ) -> tuple[torch.Tensor, ...]:
+        # From mergekit's Python API nothing was planned: the group's name is its inputs'
+        # name too. Every group is checked before the first is merged.
+        if self.reads_saliency and not any(is_planned(group) for group in groups):
+            parameters = plan_in_memory(self, groups, parameters)
+        return super()._execute(groups, parameters, options, **dtypes)
+
+
+def listen(method_names: Collection[str]) -> None:
+    """Have the models of recipes with these methods inspected before mergekit opens them.
+
+    mergekit's first step with a recipe is `get_architecture_info`; with any other method it is
+    called as it is. Calling this again changes nothing.
+    """
+    # Registration usually happens while mergekit.merge is being imported, which has its own
+    # reference to the function by then.
+    for module in (mergekit.architecture, sys.modules.get("mergekit.merge")):
+        original = getattr(module, _FIRST_STEP, None)
+        if original is not None and not hasattr(original, "__wrapped__"):
+            vars(module)[_FIRST_STEP] = _inspecting(original, frozenset(method_names))
+
+
+def _inspecting(original: Any, method_names: frozenset[str]) -> Any:
+    @functools.wraps(original)
+    def get_architecture_info(config: Any, options: Any) -> Any:
+        if getattr(config, "merge_method", None) not in method_names:
+            return original(config, options)
+        trust_by_content()
+        inspect_recipe(config, options)
+        try:
+            return original(config, options)
+        except ObimError:
+            raise
+        except Exception as error:  # mergekit, transformers and the Hub raise many kinds
+            raise RecipeError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+
+    return get_architecture_info
+
+
+def install() -> None:
+    """Wrap the two planners that mergekit has, where they are loaded; once each."""
+    plan = sys.modules.get("mergekit.plan")
+    if plan and not hasattr(plan.MergePlanner.plan_module, "__wrapped__"):
+        plan.MergePlanner.plan_module = _checked_plan_module(plan.MergePlanner.plan_module)
+    raw = sys.modules.get("mergekit.scripts.merge_raw_pytorch")
+    # Run as `python -m`, the script's module goes by another name.
+    main = sys.modules.get("__main__")
+    for module in filter(None, (raw, main)):
+        original = getattr(module, "construct_param_dicts", None)
+        if original and not hasattr(original, "__wrapped__"):
+            vars(module)["construct_param_dicts"] = _checked_param_dicts(original, module)
+
+
+def _checked_plan_module(original: Any) -> Any:
+    @functools.wraps(original)
+    def plan_module(planner: Any, module_name: str, definition: Any) -> None:
+        if not plans_ours(planner):
+            original(planner, module_name, definition)
+            return
+        # Of every module, as an error is to tell of all of them: kept where the tensors are.
+        found = vars(planner).setdefault("obim_findings", Findings())
+        plan_module_checked(planner, module_name, found)
+        if module_name == list(planner.config.modules)[-1]:
+            found.conclude()
+            _warn_of_strangers(planner._tensors)
+
+    return plan_module
+
+
+def plans_ours(planner: Any) -> bool:
+    """Whether mergekit's planner has a recipe for one of our methods."""
+    return isinstance(planner._method, PlannedMethod)
+
+
+def plan_module_checked(planner: Any, module_name: str, found: Findings) -> None:
+    """Plan one module of a recipe for one of our methods, and note what is wrong.
+
+    Args:
+        planner: mergekit's planner, its recipe in normal form.
+        module_name: The module.
+        found: Where it is noted; of the recipe as it is written with the first module.
+
+    Raises:
+        Exception: mergekit cannot plan it, although nothing was found that explains it.
+    """
+    from mergekit.plan import MergePlanner  # imports every method, so it is not there at the top
+
+    method, config = planner._method, planner.config
+    original = getattr(MergePlanner.plan_module, "__wrapped__", MergePlanner.plan_module)
+    if module_name == next(iter(config.modules)):
+        found.recipe += recipe_faults(Document(written(config)), registry())
+    if any(fault.kind == "structure" for fault in found.recipe):
+        return
+    first = len(planner._tensors)
+    try:
+        # What is wrong so far is taken out of the way, that the rest can be found too. This is
+        # a copy: the recipe that mergekit was given stays as it is.
+        planner.config = _without(config, found.recipe)
+        original(planner, module_name, planner.config.modules[module_name])
+        if method.reads_saliency:
+            planner._tensors[first:] = _plan_tasks(method, planner._tensors[first:], found)
+    except ObimError as error:
+        found.add(error, "plan")
+    except Exception:
+        if not found.errors:  # else it may come of them
+            raise
+    finally:
+        planner.config = config
+    if any(f.kind == "value" and "density" in f.place.path for f in found.recipe):
+        # A density that was taken out of the way is not 1/K in earnest.
+        found.tensors = [fault for fault in found.tensors if fault.kind != "densities"]
+
+
+def _without(config: Any, faults: Iterable[Fault]) -> Any:
+    """A recipe with misspelt parameters put right and wrong values left out."""
+    wrong = [fault for fault in faults if fault.kind in ("parameter", "value")]
+    if not wrong:
+        return config
+    content = written(config)
+    for fault in wrong:
+        *steps, name = setting_path(fault.place.path)
+        settings = content
+        for step in steps:
+            settings = settings[step]
+        value = settings.pop(name, None)
+        if fault.nearest and value is not None:
+            settings.setdefault(fault.nearest, value)
+    return type(config).model_validate(content)
+
+
+def _plan_tasks(
+    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: Findings
+) -> list[tuple[Any, Any]]:
+    from mergekit.io.tasks import LoaderCache
+
+    layers = layer_indices(weight.name for weight, _ in planned)
+    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    refused: set[tuple[ModelReference, Any]] = set()
+    result = []
+    for weight, task in planned:
+        vocabulary = task.gather_tensors
+        gather = getattr(vocabulary, "gather_tensors", vocabulary)
+        inputs = []
+        for model in task.model_order:
+            if model == task.base_model:
+                continue
+            info = gather.weight_info[model]
+            loader = LoaderCache().get(model)
+            parameters = dict(task.input_parameters[model].items())
+            key = model, parameters["saliency"]
+            if key in refused or not verified_once(verified, loader, model, parameters, found):
+                refused.add(key)
+                parameters["criterion"] = "magnitude"  # to go on with: nothing will be merged
+            stored = stored_name(loader, info)
+            tensor = loader.get_tensor(stored) if stored else None
+            inputs.append(PlannedInput(model, scored_names(loader, info), tensor, parameters))
+        chosen = plan_tensor(method, weight.name, inputs, task.parameters, found)
+        per_expert = {
+            i.model: {
+                **i.parameters,
+                "tensor_name": chosen[i.model],
+                "vocabulary_rows": vocabulary_rows(vocabulary, weight, i, chosen[i.model]),
+            }
+            for i in inputs
+        }
+        values = dict(task.parameters.items())
+        if values["layer"] is None:
+            values["layer"] = layers[weight.name]
+        fields = {name: getattr(task, name) for name in type(task).model_fields}
+        fields |= {"parameters": values, "input_parameters": {**per_expert, task.base_model: {}}}
+        result.append((weight, type(task)(**fields)))
+    LoaderCache().flush_all()
+    return result
+
+
+def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
+    """Say which experts do not look like fine-tunes of their base; see ``relation``."""
+    from mergekit.io.tasks import LoaderCache
+
+    families: dict[ModelReference, dict[str, LazyTensorLoader]] = defaultdict(dict)
+    for _, task in planned:
+        for model in task.model_order:
+            if model != task.base_model:
+                families[task.base_model][str(model)] = LoaderCache().get(model)
+    for base, experts in families.items():
+        relation = relate(str(base), LoaderCache().get(base), experts)
+        for line in (*relation.faults(), *relation.doubts()):
+            LOG.warning(line)
+
+
+def _checked_param_dicts(original: Any, module: Any) -> Any:
+    """The same for mergekit-pytorch, whose outputs have their inputs' names."""
+    layers = functools.lru_cache(maxsize=1)(layer_indices)
+    verified: set[tuple[ModelReference, SaliencyFile]] = set()
+    checked: list[Any] = [None]  # the recipe that was last looked at as a whole
+
+    @functools.wraps(original)
+    def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:
+        if isinstance(method, PlannedMethod) and checked[0] is not config:
+            content = written(config)
+            # Its models are files, whatever characters their names have.
+            for entry in (content, *content["models"]):
+                key = "base_model" if entry is content else "model"
+                entry |= {key: {"model": {"path": entry[key]}}} if key in entry else {}
+            Findings(list(recipe_faults(Document(content), registry()))).conclude()
+            checked[0] = config
+        shared, per_input = original(config, method, tensor_name)
+        if not isinstance(method, PlannedMethod) or not method.reads_saliency:
+            return shared, per_input
+        loaders = module.SimpleLoaderCache().loaders
+        inputs, found = [], Findings(fallbacks=UNWARNED)
+        for model, parameters in per_input.items():
+            loader = loaders.get(model.model.path)
+            if loader is None or model.model.path == config.base_model:
+                continue
+            if not verified_once(verified, loader, model, parameters, found):
+                continue
+            tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
+            inputs.append(PlannedInput(model, (tensor_name,), tensor, parameters))
+        present = [i for i in inputs if i.weight is not None]
+        chosen = plan_tensor(method, tensor_name, present, shared, found)
+        raise_errors(found.errors)
+        # The cache of loaders may hold other merges' models too.
+        ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
+        names = frozenset().union(*(loader.index.tensor_paths for loader in ours))
+        shared["layer"] = layers(names)[tensor_name]
+        for model, name in chosen.items():
+            per_input[model]["tensor_name"] = name
+        return shared, per_input
+
+    return construct_param_dicts

@@ -1,0 +1,119 @@
+"""Saliency files made one: the statistics of a merged model, of those of what it was made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mergekit_obim import __version__
+from mergekit_obim.errors import SaliencyFileError
+from mergekit_obim.saliency.file import SaliencyFile, SaliencyMetadata, write_saliency
+
+
+def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
+    """Write the means of h of several files, weighted by the tokens that each was measured on.
+
+    That is the h of one run over all of the data, were each expert's inputs the same in the
+    merged model. Experts of a mixture count by the tokens that were routed to them. A tensor that
+    one of the files lacks is left out, and named as unscored. The new file has no fingerprint, as
+    nobody measured the merged weights.
+
+    Args:
+        paths: Two or more files in factored form.
+        output: Where to write.
+
+    Returns:
+        The new file.
+
+    Raises:
+        SaliencyFileError: A file cannot be read, is dense, does not say how many tokens it was
+            measured on, or is of a model of other shapes.
+    """
+    files = [SaliencyFile(path) for path in paths]
+    tokens = [_tokens(file) for file in files]
+    first = files[0]
+    for file in files[1:]:
+        for name, shape in file.shapes.items():
+            if first.shapes.get(name, shape) != shape:
+                raise SaliencyFileError(
+                    f"{file.path}: {name} of model {file.metadata.model} has shape {list(shape)}, "
+                    f"but {list(first.shapes[name])} in {first.path}: combine files of models "
+                    "with the same layers and the same vocabulary"
+                )
+    everywhere = [name for name in first.shapes if all(name in file for file in files)]
+    unscored = {
+        name: reason for file in reversed(files) for name, reason in file.metadata.unscored.items()
+    }
+    for file in files:
+        for name in file.shapes:
+            if name not in everywhere:
+                unscored.setdefault(name, "not every combined file has an entry for it")
+    architectures = {file.metadata.architecture for file in files}
+    metadata = SaliencyMetadata(
+        form="factored",
+        model=" and ".join(file.metadata.model for file in files),
+        architecture=architectures.pop() if len(architectures) == 1 else "",
+        calibration={
+            "sources": [s for f in files for s in f.metadata.calibration.get("sources", [])],
+            "samples": sum(file.metadata.calibration.get("samples", 0) for file in files),
+            "tokens": sum(tokens),
+            "combined": [
+                {"model": file.metadata.model, "tokens": count}
+                for file, count in zip(files, tokens, strict=True)
+            ],
+        },
+        unscored=unscored,
+        experts=_experts(files, everywhere),
+        mergekit_obim_version=__version__,
+    )
+    shapes = {name: first.shapes[name] for name in everywhere}
+    write_saliency(output, shapes, partial(_mean, files, tokens), metadata)
+    return SaliencyFile(output)
+
+
+def _tokens(file: SaliencyFile) -> int:
+    if file.metadata.form != "factored":
+        raise SaliencyFileError(
+            f"{file.path}: is in dense form, which belongs to one model and one base: measure "
+            f"model {file.metadata.model} without --dense to combine it with others"
+        )
+    tokens = file.metadata.calibration.get("tokens")
+    if not isinstance(tokens, int) or tokens < 1:
+        raise SaliencyFileError(
+            f"{file.path}: does not say how many tokens model {file.metadata.model} was measured "
+            "on, which is what a file counts by: put `tokens` into its calibration metadata"
+        )
+    return tokens
+
+
+def _experts(files: Sequence[SaliencyFile], names: Sequence[str]) -> dict[str, Any]:
+    """How many tokens each expert of a mixture saw in all; one is pooled if it is in every file."""
+    experts = {}
+    for name in names:
+        found = [file.metadata.experts[name] for file in files if name in file.metadata.experts]
+        if len(found) == len(files):
+            tokens = zip(*(one["tokens"] for one in found), strict=True)
+            pooled = set.intersection(*(set(one["pooled"]) for one in found))
+            experts[name] = {"tokens": list(map(sum, tokens)), "pooled": sorted(pooled)}
+    return experts
+
+
+def _mean(files: Sequence[SaliencyFile], tokens: Sequence[int], name: str) -> torch.Tensor:
+    """One tensor's mean, of the shape that it has in every file; float32."""
+    total, weight = torch.zeros(()), torch.zeros(())
+    for file, count in zip(files, tokens, strict=True):
+        counts = torch.tensor(float(count), dtype=torch.float64)
+        experts = file.metadata.experts.get(name)
+        if experts and all(name in other.metadata.experts for other in files):
+            # [experts, 1, …]; one that no token of any file reached weighs the files by their own.
+            routed = torch.tensor(experts["tokens"], dtype=torch.float64)
+            seen = torch.tensor([o.metadata.experts[name]["tokens"] for o in files]).sum(0)
+            counts = torch.where(seen > 0, routed, counts)
+            counts = counts.reshape(-1, *[1] * (len(file.shapes[name]) - 1))
+        total = total + counts * file[name].double()
+        weight = weight + counts
+    return (total / weight).float()
