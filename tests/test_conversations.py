@@ -397,7 +397,7 @@ def test_the_same_file_on_another_day(
     file = world.saliency_of(tmp_path / "expert", out)
     assert json.loads(commands.header(file)["calibration"])["date"] == "2025-01-01"
     assert "kept" in succeed(obim_saliency(path, out)).stdout  # some microseconds later
-    assert "no faults" in succeed(obim_saliency("--check", path, out)).stdout
+    assert "no errors" in succeed(obim_saliency("--check", path, out)).stdout
     write_recipe(tmp_path, {**recipe, "calibration": {"samples": 3, "date": "2025-12-24"}})
     for command in (obim_saliency(path, out), obim_saliency("--check", path, out)):
         assert command.exit_code == 1

@@ -578,10 +578,6 @@ def test_recipes_that_are_none(tmp_path: Path) -> None:
         ("just a text", ["not a recipe", "mapping"]),
         ("", ["not a recipe", "mapping"]),
         ("- model: x", ["not a recipe", "mapping"]),
-        (
-            "merge_method: obim\n---\nmerge_method: slerp\n---\nmerge_method: ties\n",
-            ["a mergekit-multi recipe of 3 documents", "give each stage a file of its own"],
-        ),
     ]:
         path.write_text(text)
         says(refusal(commands.obim_saliency(path, out)), path, *words)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ def save(name: str, folder: Path) -> Path:
 def one_expert(world: World, folder: Path, model: Path) -> Path:
     models = [{"model": str(model), "calibration": str(world.math_data)}]
     recipe = world.recipe(models=models, calibration={"max_length": 9, "batch_size": 3})
+    # Any model of its shapes will do for a base.
+    recipe["base_model"] = str(shutil.copytree(model, folder / "base", dirs_exist_ok=True))
     return commands.write_recipe(folder, recipe)
 
 

@@ -285,8 +285,8 @@ def test_folders_that_look_like_names_on_the_hub(
     recipe["models"][0]["model"] = {"model": {"path": "math"}}
     path, new = commands.write_recipe(tmp_path, recipe), tmp_path / "new.yml"
     checked = succeed(commands.obim_saliency("--check", path)).stdout
-    says(checked, "model base: is a folder here", "write ./base", "--no-write-model-card")
-    assert checked.count("is a folder here") == 2
+    says(checked, "the folder base is a model there", "write ./base", "--no-write-model-card")
+    assert checked.count("asks the Hub") == 2
     succeed(commands.obim_saliency("--check", path, "--fix", new))
     mended = yaml.safe_load(new.read_text())
     assert mended["base_model"] == "./base"

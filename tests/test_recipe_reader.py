@@ -191,7 +191,7 @@ def test_several_recipes_in_a_file(tmp_path: Path) -> None:
     path.write_text("name: one\n---\nname: two\nbase_model: x\n")
     one, two = read_documents(path)
     assert (one.content["name"], two.place("base_model").line) == ("one", 4)
-    with pytest.raises(RecipeError, match=r"multi.yml: holds 2 recipes"):
+    with pytest.raises(RecipeError, match=r"multi.yml: is a mergekit-multi recipe of 2 documents"):
         read_document(path)
 
 

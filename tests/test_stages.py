@@ -194,7 +194,10 @@ def test_a_fault_of_any_recipe_of_a_file(world: World, tmp_path: Path, in_files:
         result = commands.obim_saliency(*command)
         assert result.exit_code == 1
         says(result.output, "both: line", "'lamda'", "recipe 2: line", "'densty'")
-    says(refusal(commands.obim_saliency("--check", in_files, "--fix", tmp_path / "new")), "of one")
+    says(
+        refusal(commands.obim_saliency("--check", in_files, "--fix", tmp_path / "new")),
+        "give each stage a file",
+    )
     message = refusal(commands.obim_saliency(in_files, tmp_path / "out", "--model", "both"))
     says(message, "--model both: not an expert")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ def check(path: Path, *options: object) -> tuple[list[str], list[str]]:
     return found["errors"], found["warnings"]
 
 
+def without_line(message: str) -> str:
+    return re.sub(r"^line \d+: ", "", message)
+
+
 def refused_by_all(world: World, tmp_path: Path, **changes: Any) -> str:
     """Every command refuses the recipe, in the same words, before its work begins."""
     path = commands.write_recipe(tmp_path, world.recipe(**changes))
@@ -46,7 +51,9 @@ def refused_by_all(world: World, tmp_path: Path, **changes: Any) -> str:
     assert not (tmp_path / "out").exists()
     fault = message.removeprefix("Error: ")
     assert fault in check(path, tmp_path / "out")[0]
-    assert refusal(commands.mergekit_yaml(path, tmp_path / "merged")) == message
+    # mergekit has dropped the lines of the file by then.
+    merge = refusal(commands.mergekit_yaml(path, tmp_path / "merged"))
+    assert merge == f"Error: {without_line(fault)}"
     assert not (tmp_path / "merged").exists()
     return fault
 
@@ -118,8 +125,8 @@ def test_a_model_written_in_two_ways(
 def test_the_same_model_twice_is_no_two_experts(world: World, tmp_path: Path) -> None:
     path = commands.write_recipe(tmp_path, world.recipe(models=models(world, "./math", "./math")))
     message = refusal(commands.obim_saliency(path, tmp_path / "out"))
-    says(message, "model ./math is listed twice", "each expert once")
-    says(refusal(commands.mergekit_yaml(path, tmp_path / "out")), "model ./math is listed twice")
+    says(message, "model ./math: is listed twice", "each expert once")
+    says(refusal(commands.mergekit_yaml(path, tmp_path / "out")), "model ./math: is listed twice")
     kinship = commands.obim_kinship("./math", "math", "--base", "base")
     says(refusal(kinship), "./math and math", "one and the same")
 
@@ -179,7 +186,7 @@ def test_a_card_that_would_ask_the_hub(
             succeed(result)
         lines = [r.message for r in caplog.records if "model card" in r.message]
         told = [line for line in check(path)[1] if "model card" in line]
-        assert lines == ([] if options else told)
+        assert lines == ([] if options else list(map(without_line, told)))
         return told
 
     recipe = world.recipe(

@@ -15,10 +15,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mergekit.architecture import WeightInfo, arch_info_for_config
-from mergekit.architecture.base import ConfiguredModelArchitecture
+from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig
 
+from mergekit_obim.models.completeness import planned_tensors
 from mergekit_obim.models.findings import Finding
 
 
@@ -192,15 +192,8 @@ def vocabulary_weights(config: PretrainedConfig) -> list[WeightInfo]:
     Returns:
         Nothing for an architecture that mergekit has no definition of, and infers from tensors.
     """
-    info = arch_info_for_config(config)
-    if info is None:
-        return []
-    model = ConfiguredModelArchitecture(info=info, config=config)
-    weights = []
-    for name in info.modules:
-        module = model.get_module(name)
-        weights += [*module.pre_weights(), *module.post_weights()]
-    return [weight for weight in weights if weight.vocabulary_axis is not None]
+    planned = planned_tensors(config)
+    return [weight for weight in planned if weight.vocabulary_axis is not None]
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:

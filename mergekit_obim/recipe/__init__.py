@@ -96,7 +96,7 @@ def _structure(document: Document, parts: list[Part], *, readable: bool) -> Iter
         )
     named = {str(model) for part in inputs for model in (part.model, part.base) if model}
     if line := written_in_two_ways(named):
-        yield Fault("reference", line)
+        yield Fault("structure", line)
     seen: set[tuple[object, ...]] = set()
     for part in inputs:
         key = *part.path[:-1], part.model
