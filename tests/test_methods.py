@@ -33,6 +33,7 @@ from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoun
 from mergekit_obim.kernels.blocks import Block
 from mergekit_obim.kernels.scores import RandomScores, random_key
 from mergekit_obim.methods import METHODS, register
+from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.saliency.file import (
     PUBLISHED_NAME,
     SaliencyMetadata,
@@ -547,6 +548,17 @@ def test_saliency_that_the_models_carry_themselves(tmp_path: Path) -> None:
     for folder, file in zip(family.experts, saliency_files(family), strict=True):
         (folder / PUBLISHED_NAME).write_bytes(file.read_bytes())
     assert_same(merge(config, tmp_path / "out"), expected_merge(family, Case()))
+
+
+def test_saliency_is_looked_for_anew_in_another_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate([saliency_file_name("org/math"), PUBLISHED_NAME]):
+        folder = tmp_path / str(number)
+        h = {"w": torch.full((2,), float(number))}
+        checkpoints.write_saliency_file(folder / "saliency" / name, h)
+        monkeypatch.chdir(folder)
+        assert saliency_of("org/math", "./saliency")["w"].tolist() == [number, number]
 
 
 def test_saliency_on_the_hub(

@@ -1,10 +1,12 @@
-"""The stored saliency of one expert's tensor, as the merge needs it."""
+"""Reading what an expert's saliency file holds for a tensor, in the form that the merge needs."""
 
 from __future__ import annotations
 
-import functools
+import os
 import sys
 from collections.abc import Hashable, Mapping
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from mergekit.merge_methods.base import TensorEntry
@@ -18,7 +20,21 @@ from mergekit_obim.saliency.locate import locate, open_saliency
 def stored_scores(
     entry: TensorEntry, parameters: Mapping[str, Any]
 ) -> Saliency | GivenScores | None:
-    """What the expert's saliency file holds for a planned tensor; None if it has no entry."""
+    """Read the saliency of an expert's tensor from the expert's saliency file.
+
+    Args:
+        entry: The expert's tensor, as mergekit's planner gave it.
+        parameters: The task's planned parameters: for each expert its tensor's name, its
+            `saliency` setting and what becomes of the rows of its vocabulary.
+
+    Returns:
+        The saliency on the tensor's device: h, which broadcasts against the tensor, or δ²·h of
+        the tensor's shape; None where the file has no entry for it.
+
+    Raises:
+        SaliencyNotFoundError: The expert has no saliency file.
+        SaliencyFileError: The file is damaged, or its entry does not fit the tensor.
+    """
     name = parameters["tensor_name"][entry.id]
     file = saliency_of(entry.id, parameters["saliency"][entry.id])
     if name is None or name not in file:
@@ -33,15 +49,27 @@ def stored_scores(
 
 
 def saliency_of(model: Hashable, setting: str | None) -> SaliencyFile:
-    """The saliency file of an expert, checked whole when it is first opened."""
+    """Open the saliency file of an expert, whose values are all checked the first time.
+
+    Args:
+        model: The expert's reference.
+        setting: The recipe's `saliency` for it; None where it sets none.
+
+    Raises:
+        SaliencyNotFoundError: There is no such file.
+        SaliencyFileError: The file is damaged.
+    """
     try:
-        return open_saliency(_locate(setting, str(model)))
+        # The merge asks once for each tensor of each expert, and a look at the Hub takes a while.
+        return open_saliency(_locate(setting, str(model), os.getcwd()))
     except SaliencyFileError as error:
         raise SaliencyFileError(f"model {model}: {error.message}") from error
 
 
-@functools.cache
-def _locate(setting: str | None, model: str) -> Any:
+@lru_cache(maxsize=64)
+def _locate(setting: str | None, model: str, working_directory: str) -> Path:
+    """Find an expert's file; both names may be paths relative to the working directory."""
+    # mergekit's own cache for the Hub, if it is mergekit that runs: only then has it a cache.
     tasks = sys.modules.get("mergekit.io.tasks")
     cache_dir = tasks.LoaderCache().hf_cache_dir if tasks else None
     return locate(setting, model, cache_dir=cache_dir)
@@ -54,7 +82,19 @@ def check_shape(
     weight: tuple[int, ...],
     model: Hashable,
 ) -> None:
-    """Refuse an entry that does not fit the weight it is said to score."""
+    """Refuse an entry that does not fit the weight that it is said to score.
+
+    Args:
+        file: The expert's saliency file.
+        name: The name of the entry.
+        shape: The shape of the entry.
+        weight: The shape of the expert's tensor.
+        model: The expert's reference, for the message.
+
+    Raises:
+        SaliencyFileError: A dense entry has not the weight's shape, or a factored one does not
+            broadcast against it.
+    """
     if file.metadata.form == "dense":
         fits = shape == weight
     else:
