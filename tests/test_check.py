@@ -156,8 +156,8 @@ def test_the_estimate_is_near_what_is_written(world: World, tmp_path: Path) -> N
     merged = sum(path.stat().st_size for path in (tmp_path / "m").glob("*.safetensors"))
     assert 0.8 * merged < cost["mergekit-yaml"]["disk"] < 1.2 * merged
     for command in cost.values():
+        assert set(command) == {"disk", "memory"}
         assert 1e8 < command["memory"] < 1e10
-        assert 1 < command["seconds"] < 60
 
 
 # --- what is wrong with the recipe -----------------------------------------------------------

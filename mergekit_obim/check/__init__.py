@@ -2,7 +2,7 @@
 
 ``adapters``  what its adapters are to their models
 ``models``    what its models are to each other, and what the planner makes of them
-``estimate``  what it will cost
+``estimate``  how much disk and memory it will take
 
 The rules are those of who applies them: mergekit's planner with our planning in it, the
 pre-pass's own preparations, and a sample of the weights (``mergekit_obim.models.relation``).
@@ -138,8 +138,8 @@ def _check(
         for model, fault in found.uncalibrated.items()
         if out_dir is not None or _names(missing, model)
     )
-    tokens = _check_calibration(to_measure, base_of(document), opened, out_dir, options, verdict)
-    _estimate(config, to_measure, tokens, opened.readable, options, verdict)
+    _check_calibration(to_measure, base_of(document), opened, out_dir, options, verdict)
+    _estimate(config, to_measure, opened.readable, options, verdict)
     verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
     return verdict
@@ -156,22 +156,18 @@ def _check_calibration(
     out_dir: Path | None,
     options: RunOptions,
     verdict: Verdict,
-) -> int:
-    """Prepare the experts as the pre-pass does; returns how many tokens there are, at most."""
-    tokens = 0
+) -> None:
+    """Prepare the experts as the pre-pass does, and note what is wrong with their calibration."""
     with TemporaryDirectory() as nowhere:
         for expert in experts:
-            calibration = expert.calibration
-            most = sum(source.samples for source in calibration.sources) * calibration.max_length
             reference = ModelReference.model_validate(expert.reference)
-            elsewhere = [s.data for s in calibration.sources if not is_here(s.data)]
+            elsewhere = [s.data for s in expert.calibration.sources if not is_here(s.data)]
             if elsewhere:
                 verdict.warnings.append(
                     f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
                     "pre-pass will read it"
                 )
             if elsewhere or reference not in opened.readable:
-                tokens += most
                 continue
             try:
                 prepared = prepare_expert(
@@ -186,14 +182,11 @@ def _check_calibration(
                 verdict.errors.append(error.message)
                 continue
             verdict.warnings += [f"model {expert.model}: {w}" for w in prepared.data.warnings]
-            tokens += 0 if prepared.kept else prepared.data.tokens
-    return tokens
 
 
 def _estimate(
     config: MergeConfiguration,
     to_measure: Collection[Expert],
-    tokens: int,
     models: Mapping[ModelReference, OpenModel],
     options: RunOptions,
     verdict: Verdict,
@@ -210,11 +203,9 @@ def _estimate(
         verdict.cost["obim-saliency"] = prepass_cost(
             shapes,
             len(to_measure),
-            tokens,
             dtype_from_name(asked.pop()) or stored if len(asked) == 1 else stored,
             tied="lm_head.weight" not in shapes and "embed_out.weight" not in shapes,
             dense=options.dense,
-            device=options.device,
         )
     try:
         merged = dtype_from_name(config.dtype) or stored

@@ -83,8 +83,7 @@ class Verdict:
                 )
         for command, cost in self.cost.items():
             lines.append(
-                f"{command}: about {_size(cost.disk)} of disk, {_size(cost.memory)} of memory, "
-                f"{_duration(cost.seconds)} (rough)"
+                f"{command}: about {_size(cost.disk)} of disk, {_size(cost.memory)} of memory"
             )
         errors, warnings = len(self.errors), len(self.warnings)
         lines.append(
@@ -100,9 +99,3 @@ def _size(count: float) -> str:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
