@@ -251,11 +251,21 @@ def test_what_could_not_be_read_is_not_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_written_file_is_as_readable_as_any_other(tmp_path: Path) -> None:
-    plain = tmp_path / "plain"
-    plain.touch()
-    mode = stat.S_IMODE(write(tmp_path / "a.safetensors").stat().st_mode)
-    assert mode == stat.S_IMODE(plain.stat().st_mode)
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
+def test_a_written_file_has_the_permissions_that_the_umask_leaves(
+    umask: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def changed(_: int) -> int:
+        raise AssertionError("the umask is that of all threads")
+
+    before = os.umask(umask)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "umask", changed)
+            path = write(tmp_path / "a.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
 
 
 # --- names -------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,22 +100,32 @@ def saliency_file_name(model: str) -> str:
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Write a file whole or not at all: to a temporary name beside it, then renamed over it."""
+    """Write a file whole or not at all: under a temporary name beside it, which is then renamed.
+
+    The file has the permissions that the umask leaves, also where it replaces another.
+
+    Args:
+        path: Where to write; its folder is made if needed.
+
+    Yields:
+        The temporary file, open for writing.
+
+    Raises:
+        OSError: The file cannot be written; one that was there before is there still.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{path.name.removeprefix('.')}."
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=prefix, suffix=".part")
+    temporary = path.with_name(f".{path.name.removeprefix('.')}.{secrets.token_hex(4)}.part")
+    # Not tempfile: it makes private files, and what the umask is can only be found out by setting
+    # it, which every thread of the process would notice.
+    file = open(temporary, "xb")  # noqa: SIM115
     try:
-        with os.fdopen(handle, "wb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        # mkstemp makes private files; a saliency file is as readable as any other output.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
