@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL, Checkpoint, Sums, remove_leftovers
 from mergekit_obim.errors import SaliencyFileError
+from mergekit_obim.models import locking
 from mergekit_obim.saliency import file as saliency_file
 
 Kill = Callable[[], None]
@@ -144,6 +146,78 @@ def test_a_real_process_killed_whenever(
     process.communicate()
     succeed(commands.obim_saliency(path, out, *SMALL_BATCHES))
     assert commands.contents(out) == whole
+
+
+# --- two commands at once --------------------------------------------------------------------
+
+
+def until(there: Path) -> None:
+    deadline = time.monotonic() + 100
+    while not there.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("killed", [False, True], ids=["ends", "killed"])
+def test_a_command_waits_for_another_that_measures_the_same_expert(
+    world: World,
+    whole: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    killed: bool,
+) -> None:
+    path, out = commands.write_recipe(tmp_path, world.recipe()), tmp_path / "out"
+    args = (path, out, *SMALL_BATCHES, "--model", world.math)
+    amid, waiting = tmp_path / "amid", tmp_path / "waiting"
+    feed, check = passes.feed, Ranks.check
+
+    def hold(*inputs: Any) -> None:
+        if list(out.glob(".*.sums")):  # one pass is done
+            amid.touch()
+            until(waiting)
+            if killed:
+                os.kill(os.getpid(), signal.SIGKILL)
+        feed(*inputs)
+
+    def wait(ranks: Ranks) -> None:
+        waiting.touch()
+        check(ranks)
+
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)  # OpenMP's threads did not come along
+        signal.alarm(120)
+        code = 70
+        with contextlib.suppress(BaseException):
+            passes.feed = hold
+            code = commands.obim_saliency(*args).exit_code
+        os._exit(code)
+    until(amid)
+    monkeypatch.setattr(Ranks, "check", wait)
+    result = succeed(commands.obim_saliency(*args))
+    _, status = os.waitpid(child, 0)
+    assert status == (signal.SIGKILL if killed else 0)
+    commands.says(result.stderr, f"{world.math}: waits for another command that writes {out}")
+    assert ("(kept" in result.stdout) == (not killed)
+    assert ("goes on after" in result.stderr) == killed
+    name = world.saliency_of(world.math).name
+    assert commands.contents(out) == {name: whole[name]}
+
+
+def test_where_nothing_can_be_written_what_is_there_is_kept(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(locking.FileLock, "acquire", refuse)
+    path = commands.write_recipe(tmp_path, world.recipe())
+    result = succeed(commands.obim_saliency(path, world.saliency))
+    assert result.stdout.count("(kept") == 2
+    message = commands.refusal(commands.obim_saliency(path, tmp_path / "out"))
+    commands.says(message, world.math, "cannot be written", "Read-only file system")
 
 
 # --- what is not the same any more -----------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 import transformers
 from mergekit.common import ModelPath, ModelReference, dtype_from_name
+from tqdm import tqdm
 from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
@@ -35,6 +37,7 @@ from mergekit_obim.errors import (
 )
 from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.loaded import check_loaded
+from mergekit_obim.models.locking import locked
 from mergekit_obim.models.names import stored_parts, weight_names
 from mergekit_obim.models.opened import OpenModel, open_model, refuse_code
 from mergekit_obim.recipe.calibration import Calibration
@@ -49,8 +52,6 @@ from mergekit_obim.saliency.file import (
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-LOG = logging.getLogger("mergekit_obim")
 
 _TOKENIZER_FILES = (
     *("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"),
@@ -177,17 +178,49 @@ def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured |
         DeviceMemoryError: The model or its activations do not fit.
         OtherProcessError: Another process has failed.
     """
-    path, kept = prepared.path, prepared.kept is not None
-    if not ranks.local:
-        remove_leftovers(path, sums=kept)
-    if ranks.all_gather(kept)[0]:
-        return _measured(prepared, prepared.kept) if prepared.kept else None
-    h, found = _run(prepared, options, ranks)
-    if ranks.first:
-        _write(prepared, options, h, found)
-    ranks.barrier()
-    remove_leftovers(path)
+    path = prepared.path
+    with _alone(prepared, ranks) if ranks.first else nullcontext():
+        if ranks.first and path.exists():  # which may have come only while this process waited
+            prepared = replace(prepared, kept=_kept(path, prepared.wanted, options.overwrite))
+        # The others wait here for the first, which waits for other commands.
+        kept = ranks.all_gather(prepared.kept is not None)[0]
+        if not ranks.local:
+            remove_leftovers(path, sums=kept)
+        if kept:
+            return _measured(prepared, prepared.kept) if prepared.kept else None
+        h, found = _run(prepared, options, ranks)
+        if ranks.first:
+            _write(prepared, options, h, found)
+        ranks.barrier()
+        remove_leftovers(path)
+        ranks.barrier()  # so that the next to get the lock has the folder to itself
     return _measured(prepared, SaliencyFile(path)) if ranks.first else None
+
+
+@contextmanager
+def _alone(prepared: Prepared, ranks: Ranks) -> Iterator[None]:
+    """Keep other commands from the same expert in the same folder.
+
+    Only the first of all processes asks for it, as all share the run, and maybe the disk.
+    """
+    told = False
+
+    def waiting() -> None:
+        nonlocal told
+        ranks.check()
+        if not told:
+            line = f"{prepared.expert.model}: waits for another command that writes {prepared.path}"
+            tqdm.write(line, file=sys.stderr)
+        told = True
+
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(prepared.path, waiting))
+        except OSError as error:
+            if prepared.kept is None:
+                raise _cannot_be_written(prepared, error) from error
+            # A file that is kept may be in a folder that only others can write to.
+        yield
 
 
 def _write(
@@ -211,9 +244,14 @@ def _write(
     try:
         write_saliency(path, shapes, read, metadata)
     except OSError as error:
-        raise SaliencyFileError(
-            f"{path}: the saliency of model {label} cannot be written: {quoted(error)}"
-        ) from error
+        raise _cannot_be_written(prepared, error) from error
+
+
+def _cannot_be_written(prepared: Prepared, error: OSError) -> SaliencyFileError:
+    return SaliencyFileError(
+        f"{prepared.path}: the saliency of model {prepared.expert.model} cannot be written: "
+        f"{quoted(error)}"
+    )
 
 
 def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
