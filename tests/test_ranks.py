@@ -278,7 +278,7 @@ def raises(error: Exception) -> Callable[..., object]:
     ("module", "name", "error", "words"),
     [
         ("passes", "feed", ValueError("a loose cable"), ["loose cable", "forward pass"]),
-        ("run", "prepare", CalibrationError("no data here"), ["no data here"]),
+        ("opening", "prepare", CalibrationError("no data here"), ["no data here"]),
         ("run", "loaded", KeyError("a bug"), ["a bug"]),
     ],
 )

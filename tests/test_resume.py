@@ -20,7 +20,7 @@ import checkpoints
 import commands
 from architectures import ARCHITECTURES
 from commands import MATH_ROWS, World, succeed
-from mergekit_obim.calibration import passes, resume, run
+from mergekit_obim.calibration import passes, recording, resume
 from mergekit_obim.calibration.data import TokenSequence
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
@@ -265,7 +265,7 @@ def changed_model(recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> str:
 
 
 def changed_version(recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> str:
-    patch.setattr(run, "__version__", "99.0")
+    patch.setattr(recording, "__version__", "99.0")
     return "another version of mergekit-obim)"
 
 
