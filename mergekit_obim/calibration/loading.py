@@ -1,4 +1,4 @@
-"""Loading a model to run it: whole on a device, or spread over devices, CPU and disk."""
+"""Loading a model to run it, whole on one device or spread over devices, CPU and disk."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ def loaded(
     options: RunOptions,
     offload_folder: Path,
 ) -> Iterator[PreTrainedModel]:
-    """A model in eval mode.
+    """Load a model for the time of the context.
 
     Args:
-        label: What to call it.
-        opened: Its checkpoint; none but the files that mergekit reads of it are loaded.
-        dtype: Of its weights; None is the checkpoint's.
-        options: Where it goes.
-        offload_folder: Holds the offloaded weights that cannot be read from the checkpoint as
-            they are (fused experts, `.bin` files); removed at the end.
+        label: What to call the model in errors.
+        opened: The model's checkpoint. Of its folder, only the files that mergekit reads are
+            loaded: transformers would apply others too.
+        dtype: The dtype of the weights, as torch names it; None is the checkpoint's.
+        options: The device, or how the model is spread over several.
+        offload_folder: A folder for offloaded weights that cannot be read from the checkpoint as
+            they are (fused experts, ``.bin`` files). It is removed at the end.
+
+    Yields:
+        The model, in eval mode.
 
     Raises:
-        CalibrationError: It cannot be loaded.
-        DeviceMemoryError: It does not fit.
+        CalibrationError: The model cannot be loaded.
+        DeviceMemoryError: The model does not fit.
     """
     placement: dict[str, Any] = {}
     if options.device_map:
@@ -83,8 +87,8 @@ def loaded(
 def _give_freed_memory_back() -> None:
     """Keep glibc from holding on to what weights that come and go have taken.
 
-    Once large blocks were freed, it takes such blocks from its heap, whose freed parts it cannot
-    give back: a tenth of the model, in the end. A fixed threshold stops that.
+    After large blocks have been freed, glibc takes blocks of their size from its heap, whose freed
+    parts it cannot give back: a tenth of the model, in the end. A fixed threshold stops that.
     """
     mmap_threshold, default = -3, 128 * 1024
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -92,13 +96,19 @@ def _give_freed_memory_back() -> None:
 
 
 def _without_grouped_mm(model: PreTrainedModel) -> None:
-    """torch has no grouped product in float64: the experts run one by one then."""
+    """Run a mixture's experts one by one: torch has no grouped product in float64."""
     if getattr(model.config, "_experts_implementation", None) == "grouped_mm":
         model.set_experts_implementation("eager")
 
 
 def does_not_fit(label: str, options: RunOptions, what: str) -> DeviceMemoryError:
-    """The error to raise where memory ran out; `what` is who does."""
+    """Return the error to raise where memory ran out.
+
+    Args:
+        label: What to call the model.
+        options: Where it was to run.
+        what: What does not fit, with its verb: "it does", "its activations do".
+    """
     place = options.device_map or options.device
     ways = "--batch-size 1, a smaller --max-length, --dtype bfloat16"
     ways += ", --device-map auto with --max-memory"

@@ -1,4 +1,4 @@
-"""Saliency files made one: the statistics of a merged model, of those of what it was made of."""
+"""Combining saliency files: a merged model's statistics, from those of the models it is made of."""
 
 from __future__ import annotations
 
@@ -76,6 +76,11 @@ def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
 
 
 def _tokens(file: SaliencyFile) -> int:
+    """Return how many tokens a file was measured on.
+
+    Raises:
+        SaliencyFileError: It does not say, or is in dense form.
+    """
     if file.metadata.form != "factored":
         raise SaliencyFileError(
             f"{file.path}: is in dense form, which belongs to one model and one base: measure "
@@ -91,7 +96,11 @@ def _tokens(file: SaliencyFile) -> int:
 
 
 def _experts(files: Sequence[SaliencyFile], names: Sequence[str]) -> dict[str, Any]:
-    """How many tokens each expert of a mixture saw in all; one is pooled if it is in every file."""
+    """Return the metadata's `experts` of the combined file.
+
+    The tokens that an expert of a mixture saw are added up over the files. It counts as pooled
+    only if every file has pooled it.
+    """
     experts = {}
     for name in names:
         found = [file.metadata.experts[name] for file in files if name in file.metadata.experts]
@@ -103,13 +112,20 @@ def _experts(files: Sequence[SaliencyFile], names: Sequence[str]) -> dict[str, A
 
 
 def _mean(files: Sequence[SaliencyFile], tokens: Sequence[int], name: str) -> torch.Tensor:
-    """One tensor's mean, of the shape that it has in every file; float32."""
+    """Return one tensor's mean, float32, of the shape that it has in every file.
+
+    Args:
+        files: All of the files, each with an entry for the tensor.
+        tokens: How many tokens each file was measured on.
+        name: The tensor's name.
+    """
     total, weight = torch.zeros(()), torch.zeros(())
     for file, count in zip(files, tokens, strict=True):
         counts = torch.tensor(float(count), dtype=torch.float64)
         experts = file.metadata.experts.get(name)
         if experts and all(name in other.metadata.experts for other in files):
-            # [experts, 1, …]; one that no token of any file reached weighs the files by their own.
+            # [experts, 1, …]. Where no file's tokens reached an expert, there is nothing to weigh
+            # its h by but the tokens of the whole files.
             routed = torch.tensor(experts["tokens"], dtype=torch.float64)
             seen = torch.tensor([o.metadata.experts[name]["tokens"] for o in files]).sum(0)
             counts = torch.where(seen > 0, routed, counts)

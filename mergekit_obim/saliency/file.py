@@ -1,4 +1,4 @@
-"""The saliency file, format 1: how the pre-pass and the merge talk to each other.
+"""Reading and writing saliency files, format 1, the only link of the pre-pass and the merge.
 
 One safetensors file per expert, each tensor named as the weight it scores. The
 specification, for other tools that want to write such files, is docs/saliency_format.md.
@@ -34,7 +34,7 @@ _LONGEST_NAME = 120
 
 
 class SaliencyMetadata(BaseModel):
-    """The header of a saliency file. Only the first two fields have no default.
+    """The metadata of a saliency file, of which only `form` and `model` must be given.
 
     Attributes:
         form: ``factored`` holds h, to be multiplied by δ² (equations 5 and 6); ``dense``
@@ -43,10 +43,10 @@ class SaliencyMetadata(BaseModel):
         revision: Its revision, if it has one.
         architecture: The model's class name in its configuration.
         calibration: What it was measured on.
-        unscored: Weights that have no entry, and why.
-        experts: Per fused weight, `tokens`, how many each expert saw, and `pooled`, the experts
-            that saw too few and have the mean h over all.
-        fingerprint: Per stored tensor of the measured checkpoint, a sample of its values.
+        unscored: The weights that have no entry, and why.
+        experts: For each fused weight of a mixture of experts, `tokens`, how many each expert
+            saw, and `pooled`, the experts that saw too few and have the mean h over all.
+        fingerprint: A sample of the values of each stored tensor of the measured checkpoint.
         mergekit_obim_version: The version that wrote the file.
     """
 
@@ -68,9 +68,9 @@ class SaliencyMetadata(BaseModel):
         return json.loads(value) if isinstance(value, str) else value
 
     def to_header(self) -> dict[str, str]:
-        """All-string key–value pairs, JSON where a value has structure."""
+        """Return the metadata as safetensors keeps them: all strings, structured values as JSON."""
         values = self.model_dump(mode="json")
-        if not self.experts:
+        if not self.experts:  # so that the bytes of other models' files stay what they were
             del values["experts"]
         for key in values.keys() & _JSON_KEYS:
             values[key] = json.dumps(values[key], sort_keys=True)
@@ -78,7 +78,7 @@ class SaliencyMetadata(BaseModel):
 
 
 def saliency_file_name(model: str) -> str:
-    """A model reference made safe for a file name, and unique: what the pre-pass writes.
+    """Return the name of the file that the pre-pass writes for a model.
 
     A reference in plain characters keeps its parts readable; where something had to be
     dropped, a short hash of the whole reference keeps two models from sharing a file.
@@ -157,11 +157,12 @@ def write_saliency(
     Args:
         path: Where to write; its folder is made if needed.
         shapes: Shape of every entry.
-        read: Gives an entry, converted to float32 here if it is not.
-        metadata: The header.
+        read: Gives an entry, of any dtype and device; it is written as float32.
+        metadata: The file's metadata.
 
     Raises:
-        SaliencyFileError: An entry is not finite, negative, or not of the promised shape.
+        SaliencyFileError: An entry has negative or non-finite values, or another shape.
+        OSError: The file cannot be written.
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": metadata.to_header()}
@@ -175,7 +176,7 @@ def write_saliency(
         }
         offset += size
     encoded = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
+    encoded += b" " * (-len(encoded) % 8)  # safetensors aligns the data
     with atomic_write(path) as file:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
@@ -194,7 +195,7 @@ def _check_values(tensor: torch.Tensor, path: Path, model: str, name: str) -> No
     if not tensor.numel():
         return
     low, high = tensor.aminmax()
-    # NaN compares false either way, so one pass finds all three faults.
+    # NaN compares false either way, so that one pass finds all that can be wrong.
     if not (low >= 0 and high < math.inf):
         found = "negative values" if low < 0 else "values that are not finite"
         raise SaliencyFileError(
@@ -204,21 +205,24 @@ def _check_values(tensor: torch.Tensor, path: Path, model: str, name: str) -> No
 
 
 class SaliencyFile:
-    """A saliency file opened for reading; entries are read when asked for.
+    """A saliency file that is open for reading; entries are read when they are asked for.
 
     Attributes:
         path: The file.
-        metadata: Its header.
+        metadata: Its metadata.
         shapes: Shape of every entry.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
         """Open a file and check its header.
 
+        Args:
+            path: The file.
+
         Raises:
             SaliencyNotFoundError: There is no such file.
-            SaliencyFileError: It is truncated, no safetensors file, not of this format or
-                version, lacks a required key, or has entries that are not float32.
+            SaliencyFileError: The file is truncated, is not a safetensors file or not of this
+                format and version, lacks a required key, or has entries that are not float32.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -273,7 +277,7 @@ class SaliencyFile:
             ) from error
 
     def check_values(self) -> None:
-        """Read every entry once.
+        """Read every entry once and check its values.
 
         Raises:
             SaliencyFileError: An entry has negative or non-finite values.
@@ -285,7 +289,10 @@ class SaliencyFile:
         return name in self.shapes
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """An entry, float32 on the CPU; mapped from the file, so read it but don't write to it."""
+        """Return an entry, float32 on the CPU.
+
+        It may be mapped from the file, so it must not be changed in place.
+        """
         file = self._file
         if self.metadata.form == "dense":
             # As large as the model: what was read would stay in memory while the file is open.

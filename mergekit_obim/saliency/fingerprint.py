@@ -1,4 +1,4 @@
-"""A small sample of a weight, enough to tell that another weight is not the one measured.
+"""Fingerprints of weights: small samples that tell whether a weight is the one that was measured.
 
 A fingerprint keeps up to 64 stored values (16 runs of 4, evenly spaced over the flattened
 tensor), so that comparing a whole model reads a few pages of its files and not all of
@@ -19,7 +19,13 @@ _RUN_LENGTH = 4
 
 
 class Fingerprint(BaseModel):
-    """What is kept of one weight: dtype name, shape, and the sampled values' bytes in base64."""
+    """A small sample of one weight, as a saliency file keeps it.
+
+    Attributes:
+        dtype: The weight's dtype, as torch names it, without ``torch.``.
+        shape: The weight's shape.
+        values: The bytes of the sampled values, in that dtype, in base64.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -36,7 +42,11 @@ class Fingerprint(BaseModel):
 
 @lru_cache  # a model has few sizes of tensors, and each is looked at in every model
 def sample_positions(numel: int) -> torch.Tensor:
-    """Flat indices that a fingerprint samples, int64: 16 runs of 4, from the first to the last."""
+    """Return the flat indices that a fingerprint samples of a tensor with so many elements.
+
+    They are int64, on the CPU and ascending: [64], 16 runs of 4 from the first element to the
+    last; of a smaller tensor all of them, [numel].
+    """
     if numel <= _RUNS * _RUN_LENGTH:
         return torch.arange(numel, device="cpu")
     starts = [(numel - _RUN_LENGTH) * run // (_RUNS - 1) for run in range(_RUNS)]
@@ -44,7 +54,14 @@ def sample_positions(numel: int) -> torch.Tensor:
 
 
 def sample(tensor: torch.Tensor) -> torch.Tensor:
-    """The values at these positions, on the CPU: [at most 64], of the tensor's dtype."""
+    """Return a tensor's values at :func:`sample_positions`, on the CPU.
+
+    Args:
+        tensor: Of any shape, dtype, strides and device.
+
+    Returns:
+        [at most 64], of the tensor's dtype.
+    """
     positions = sample_positions(tensor.numel()).to(tensor.device)
     if tensor.is_contiguous():
         return tensor.detach().view(-1)[positions].cpu()
@@ -53,7 +70,7 @@ def sample(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def fingerprint(tensor: torch.Tensor) -> Fingerprint:
-    """Sample a floating-point weight of any shape, dtype, strides and device."""
+    """Take the fingerprint of a floating-point weight of any shape, dtype, strides and device."""
     values = sample(tensor).contiguous().view(torch.uint8).numpy().tobytes()
     return Fingerprint(
         dtype=str(tensor.dtype).removeprefix("torch."),
@@ -63,7 +80,13 @@ def fingerprint(tensor: torch.Tensor) -> Fingerprint:
 
 
 def matches(recorded: Fingerprint, tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` can be the weight that ``recorded`` was taken from."""
+    """Return whether a weight can be the one that a fingerprint was taken from.
+
+    Args:
+        recorded: The fingerprint.
+        tensor: The weight, of any dtype and device. It may have been rounded since, or be what
+            the measured one was rounded from.
+    """
     if tuple(tensor.shape) != recorded.shape:
         return False
     dtype = getattr(torch, recorded.dtype, None)
@@ -75,6 +98,7 @@ def matches(recorded: Fingerprint, tensor: torch.Tensor) -> bool:
         return False
     then = torch.frombuffer(raw, dtype=dtype) if raw else torch.empty(0, dtype=dtype)
     if dtype != now.dtype:
+        # bfloat16 and float16 have one size: the coarser is that with the larger step from 1.
         coarser = min(dtype, now.dtype, key=lambda d: (d.itemsize, -torch.finfo(d).eps))
         then, now = then.to(coarser), now.to(coarser)
     return bool(torch.equal(then, now))

@@ -54,13 +54,13 @@ def download(
 
 
 def _known_to_lack(repo: str, name: str, revision: str | None, cache_dir: str | None) -> bool:
-    """Whether the Hub said before that there is no such file."""
+    """Return whether the Hub said before that it has no such file."""
     cached = try_to_load_from_cache(repo, name, cache_dir=cache_dir, revision=revision)
     return cached is _CACHED_NO_EXIST
 
 
 def _why(error: BaseException, repo: str, revision: str | None) -> str:
-    """Why the Hub gave no file, and what to do about it."""
+    """Return in words why the Hub gave no file, and what to do about it."""
     status = getattr(getattr(error, "response", None), "status_code", None)
     if isinstance(error, errors.GatedRepoError):
         return (

@@ -1,4 +1,4 @@
-"""Finding an expert's saliency file, and making sure it can be trusted, once per process."""
+"""Finding an expert's saliency file, and making sure that it can be trusted."""
 
 from __future__ import annotations
 
@@ -71,7 +71,10 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
 
 
 def open_saliency(path: Path) -> SaliencyFile:
-    """Open a file whose every value was read and found finite and non-negative; cached.
+    """Open a saliency file and check its every value, once for as long as the file stays the same.
+
+    Args:
+        path: The file.
 
     Raises:
         SaliencyNotFoundError: There is no such file.
