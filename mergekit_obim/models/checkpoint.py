@@ -17,7 +17,7 @@ def tensor_of(loader: LazyTensorLoader, name: str) -> torch.Tensor:
     """Read a tensor that the checkpoint is known to have, lazily where its file allows that.
 
     Raises:
-        KeyError: It has none of that name.
+        KeyError: The checkpoint has no tensor of that name.
         CheckpointError: The tensor's file has gone, or is not what it was.
     """
     try:
@@ -33,13 +33,16 @@ def tensor_of(loader: LazyTensorLoader, name: str) -> torch.Tensor:
     return tensor
 
 
-class Skim:
-    """Lets go of a checkpoint's file whenever its share of 64 MiB was read.
+class StreamingReader:
+    """Reads a checkpoint's tensors one after another without keeping its files in memory.
+
+    The file is closed, and opened again for the next tensor, whenever this checkpoint's share of
+    64 MiB has been read. Files that are not safetensors stay open until the end: they are loaded
+    whole, and would be loaded whole again.
 
     Args:
-        loader: The checkpoint. Files that are not safetensors are kept until the end: they are
-            loaded whole, and would be again.
-        of: How many checkpoints are read side by side.
+        loader: The checkpoint.
+        of: How many checkpoints are read side by side, and share the 64 MiB.
     """
 
     def __init__(self, loader: LazyTensorLoader, of: int = 1) -> None:
@@ -48,6 +51,7 @@ class Skim:
         self._mapped = 0
 
     def load(self, name: str) -> torch.Tensor:
+        """Read one tensor, which may still share memory with the open file."""
         if self._mapped > self._limit and self.loader.index.tensor_paths[name].endswith("tensors"):
             self.close()
         tensor = tensor_of(self.loader, name)
@@ -55,5 +59,6 @@ class Skim:
         return tensor
 
     def close(self) -> None:
+        """Close the file that is open; the next tensor opens it again."""
         self.loader.flush()
         self._mapped = 0

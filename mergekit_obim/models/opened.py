@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from mergekit_obim.errors import CheckpointError, quoted
 from mergekit_obim.models.adapters import merged as merge_adapter
-from mergekit_obim.models.checkpoint import Skim, tensor_of
+from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
 from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
 from mergekit_obim.models.findings import Finding
 from mergekit_obim.models.quantised import quantised
@@ -159,12 +159,12 @@ class OpenModel:
     def fingerprints(self) -> dict[str, Fingerprint]:
         """Sample every stored floating-point weight."""
         prints = {}
-        skim = Skim(self.loader)
+        reader = StreamingReader(self.loader)
         for name in self.names:
-            tensor = skim.load(name)
+            tensor = reader.load(name)
             if tensor.is_floating_point():
                 prints[name] = fingerprint(tensor)
-        skim.close()
+        reader.close()
         return prints
 
     def digest(self) -> str:

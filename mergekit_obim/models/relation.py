@@ -15,7 +15,7 @@ from mergekit.io import LazyTensorLoader
 
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
-from mergekit_obim.models.checkpoint import Skim
+from mergekit_obim.models.checkpoint import StreamingReader
 from mergekit_obim.saliency.fingerprint import sample
 
 # What was measured, on tiny models, is in docs/check.md.
@@ -129,10 +129,12 @@ def relate(
     same = dict.fromkeys(models, True)
     twins = {(one, other): True for i, other in enumerate(models) for one in models[:i]}
     compared = 0
-    skims = {model: Skim(weights, len(models) + 1) for model, weights in experts.items()}
-    base_skim = Skim(base_weights, len(models) + 1)
+    readers = {
+        model: StreamingReader(weights, len(models) + 1) for model, weights in experts.items()
+    }
+    base_reader = StreamingReader(base_weights, len(models) + 1)
     for name in base_weights.index.tensor_paths:
-        weight = base_skim.load(name)
+        weight = base_reader.load(name)
         if not weight.is_floating_point():
             continue
         samples: dict[str, torch.Tensor] = {}
@@ -140,7 +142,7 @@ def relate(
             if name not in weights.index.tensor_paths:
                 found.missing.setdefault(model, []).append(name)
                 continue
-            own = skims[model].load(name)
+            own = readers[model].load(name)
             if own.shape != weight.shape:
                 shapes = list(own.shape), list(weight.shape)
                 found.shapes.setdefault(model, {})[name] = shapes
@@ -163,8 +165,8 @@ def relate(
             with one_thread():  # a second one would take longer to be woken than the work
                 part = moments([samples[model] for model in models], theirs)
             found.moments += part.scaled(weight.numel() / theirs.numel())
-    for skim in (base_skim, *skims.values()):
-        skim.close()
+    for reader in (base_reader, *readers.values()):
+        reader.close()
     if compared:
         complete = set(models) - found.missing.keys() - found.shapes.keys()
         found.identical = [model for model in models if same[model] and model in complete]
