@@ -1,11 +1,12 @@
-"""What would go wrong with a recipe, all of it, before anything is loaded.
+"""``obim-saliency --check``: everything that would go wrong with a recipe, before the work begins.
 
-``adapters``  what its adapters are to their models
-``models``    what its models are to each other, and what the planner makes of them
-``estimate``  what it will cost
+``adapters``  adapters that do not fit their models, and saliency that is out of date
+``models``    the models by themselves and beside the base, and the merge as it is planned
+``estimate``  the disk, memory and time that both commands will take
+``verdict``   the result, for people and as JSON
 
-The rules are those of who applies them: mergekit's planner with our planning in it, the
-pre-pass's own preparations, and a sample of the weights (``mergekit_obim.models.relation``).
+It has no rules of its own: it runs mergekit's planner with our checks in it, the pre-pass's own
+preparations, and the comparison of sampled weights (``mergekit_obim.models.weight_comparison``).
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.inspection import Opened
 from mergekit_obim.models.opened import OpenModel
-from mergekit_obim.models.relation import relate
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.planned import read_recipe
 from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_here
@@ -41,16 +42,22 @@ from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
 from mergekit_obim.recipe.keys import base_of
 
 
-def doubts(
+def weight_warnings(
     prepared: Collection[Prepared], base: ModelReference | None, opened: Opened
 ) -> Iterator[str]:
-    """What the pre-pass says of experts beside their base, if the base's weights are here."""
+    """Yield what the pre-pass warns of experts that do not look like fine-tunes of their base.
+
+    Args:
+        prepared: The experts that are about to be measured.
+        base: The base; nothing is yielded without one.
+        opened: The models on this machine; nothing is yielded if the base is not among them.
+    """
     if base is None or base not in opened.models:
         return
     experts = {one.expert.model: one.model.loader for one in prepared}
-    relation = relate(str(base), opened.models[base].loader, experts)
-    yield from relation.faults()
-    yield from relation.doubts()
+    compared = compare_weights(str(base), opened.models[base].loader, experts)
+    yield from compared.errors()
+    yield from compared.warnings()
 
 
 def fix(

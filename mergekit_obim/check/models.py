@@ -23,7 +23,7 @@ from mergekit_obim.models.inspection import (
     is_aligned,
     open_models,
 )
-from mergekit_obim.models.relation import relate
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.planned import look_through
 from mergekit_obim.recipe.faults import fold
 
@@ -68,11 +68,11 @@ def check_models(
         if reference != base and model.config.architectures == start.config.architectures
     }
     if alike:
-        relation = relate(str(base), start.loader, alike)
-        verdict.errors += relation.faults()
-        verdict.warnings += relation.doubts()
-        verdict.distances = relation.sizes()
-        verdict.cosines = relation.cosines()
+        compared = compare_weights(str(base), start.loader, alike)
+        verdict.errors += compared.errors()
+        verdict.warnings += compared.warnings()
+        verdict.distances = compared.sizes()
+        verdict.cosines = compared.cosines()
     return opened
 
 

@@ -290,8 +290,8 @@ def _measure(
             ranks=ranks,
         )
         prepared = ranks.local_first(partial(list[Prepared], map(prepare, experts.measured)))
-        for doubt in checking.doubts(prepared, base, opened) if ranks.first else ():
-            click.echo(f"Warning: {doubt}", err=True)
+        for warning in checking.weight_warnings(prepared, base, opened) if ranks.first else ():
+            click.echo(f"Warning: {warning}", err=True)
         jobs += [(one, own) for one in prepared]
     for number, (one, own) in enumerate(jobs, 1):
         measured = measure(one, own, ranks)

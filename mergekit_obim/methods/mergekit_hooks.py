@@ -52,7 +52,7 @@ from mergekit_obim.methods.preflight import inspect_files, inspect_recipe, writt
 from mergekit_obim.methods.vocabulary import vocabulary_rows
 from mergekit_obim.models.adapters import trust_by_content
 from mergekit_obim.models.layers import layer_indices
-from mergekit_obim.models.relation import relate
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors, setting_path
 from mergekit_obim.saliency.file import SaliencyFile
@@ -152,7 +152,7 @@ def _checked_plan_module(original: Any) -> Any:
         plan_module_checked(planner, module_name, found)
         if module_name == list(planner.config.modules)[-1]:
             found.conclude()
-            _warn_of_strangers(planner._tensors)
+            _warn_of_unrelated_experts(planner._tensors)
 
     return plan_module
 
@@ -263,8 +263,8 @@ def _plan_tasks(
     return result
 
 
-def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
-    """Say which experts do not look like fine-tunes of their base; see ``relation``."""
+def _warn_of_unrelated_experts(planned: Sequence[tuple[Any, Any]]) -> None:
+    """Warn of experts that do not look like fine-tunes of their base."""
     from mergekit.io.tasks import LoaderCache
 
     families: dict[ModelReference, dict[str, LazyTensorLoader]] = defaultdict(dict)
@@ -273,8 +273,8 @@ def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
             if model != task.base_model:
                 families[task.base_model][str(model)] = LoaderCache().get(model)
     for base, experts in families.items():
-        relation = relate(str(base), LoaderCache().get(base), experts)
-        for line in (*relation.faults(), *relation.doubts()):
+        compared = compare_weights(str(base), LoaderCache().get(base), experts)
+        for line in (*compared.errors(), *compared.warnings()):
             LOG.warning(line)
 
 

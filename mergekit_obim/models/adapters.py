@@ -225,7 +225,7 @@ def check_adapter(reference: ModelReference) -> None:
         )
 
 
-def doubts(reference: ModelReference) -> Iterator[str]:
+def adapter_warnings(reference: ModelReference) -> Iterator[str]:
     """Yield a line if an adapter says that it was trained on another model than it is given."""
     with _in_one_line(reference):
         config, _ = _adapter_files(reference)
