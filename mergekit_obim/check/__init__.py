@@ -28,12 +28,12 @@ from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
 from mergekit_obim.check.models import check_models, check_plan, experts_of
 from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.dry_run import read_recipe
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.inspection import Opened
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.models.weight_comparison import compare_weights
-from mergekit_obim.planned import read_recipe
 from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_here
 from mergekit_obim.recipe.document import parse

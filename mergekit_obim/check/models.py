@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.dry_run import plan_and_collect
 from mergekit_obim.errors import (
     ObimError,
     SaliencyFileError,
@@ -24,7 +25,6 @@ from mergekit_obim.models.inspection import (
     open_models,
 )
 from mergekit_obim.models.weight_comparison import compare_weights
-from mergekit_obim.planned import look_through
 from mergekit_obim.recipe.faults import fold
 
 
@@ -93,7 +93,7 @@ def check_plan(
         lora_merge_cache=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
     )
-    _, found = look_through(config, merging)
+    _, found = plan_and_collect(config, merging)
     missing = []
     for fault in fold(found.tensors):
         if fault.kind == "plan" and verdict.errors:

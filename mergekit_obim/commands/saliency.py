@@ -257,7 +257,7 @@ def _measure(
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
-    from mergekit_obim.planned import read_recipe
+    from mergekit_obim.dry_run import read_recipe
 
     ranks = ranks or Ranks()
     run_options = _run_options(documents[0].content, options, ranks.local)

@@ -92,8 +92,8 @@ class WeightComparison:
                 if cosines[i, j] >= SAME_DIRECTION and (other, one) not in self.twins:
                     yield (
                         f"models {other} and {one}: differ from {self.base} in the same direction "
-                        f"(cosine {cosines[i, j]:.3f}): were both trained from a later model, which "
-                        "base_model should name?"
+                        f"(cosine {cosines[i, j]:.3f}): were both trained from a later model, "
+                        "which base_model should name?"
                     )
 
     def cosines(self) -> dict[str, dict[str, float]]:
