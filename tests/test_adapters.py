@@ -407,7 +407,7 @@ def test_an_adapter_on_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch
     checkpoints.fake_hub(setting.root / "hub", "org/adapter", files, ref="v1")
     adapters.check_adapter(setting.reference)
     there = adapters.look_up(setting.reference, str(setting.cache))
-    assert there.lacking == "the adapter has not been merged into its model yet"
+    assert there.rebuild_reason == "the adapter has not been merged into its model yet"
     setting.merged()
     setting.is_right()
 

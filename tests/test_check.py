@@ -257,7 +257,7 @@ def test_tensors_that_fall_back_are_named_with_the_reason(world: World, tmp_path
     assert verdict["fallbacks"] == [
         {
             "model": str(expert),
-            "fate": "left at the base's values",
+            "outcome": "left at the base's values",
             "tensors": {Q_PROJ: "it never ran", NORM: "its saliency file has no entry for it"},
         }
         for expert in world.experts

@@ -26,7 +26,7 @@ from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
 from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
-from mergekit_obim.check.models import check_models, check_plan, experts_of
+from mergekit_obim.check.models import check_models, check_plan, expert_references
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.dry_run import read_recipe
 from mergekit_obim.errors import ObimError
@@ -38,7 +38,7 @@ from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_here
 from mergekit_obim.recipe.document import parse
 from mergekit_obim.recipe.experts import Expert, Experts, find_experts, find_in_all
-from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
+from mergekit_obim.recipe.fix import change_lines, mend, path_warnings, scale_densities
 from mergekit_obim.recipe.keys import base_of
 
 
@@ -88,7 +88,7 @@ def fix(
         text, more = scale_densities(text, verdict.densities)
         verdict = check(parse(text), out_dir, options, overrides, only)
         changes += more
-    verdict.changes = told(changes)
+    verdict.changes = change_lines(changes)
     return text, verdict
 
 
@@ -211,7 +211,7 @@ def _estimate(
         return
     shapes = {name: list(header.shape) for name, header in model.headers.items()}
     stored = next(tensor.dtype for tensor in map(model.load, shapes) if tensor.is_floating_point())
-    experts = len(experts_of(config))
+    experts = len(expert_references(config))
     if to_measure:
         asked = {e.calibration.dtype for e in to_measure}
         verdict.cost["obim-saliency"] = prepass_cost(

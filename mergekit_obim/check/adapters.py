@@ -36,7 +36,7 @@ def check_adapters(
             continue
         try:
             there = look_up(reference, options.lora_merge_cache)
-            if there.lacking:
+            if there.rebuild_reason:
                 check_adapter(reference)
             verdict.warnings += adapter_warnings(reference)
         except ObimError as error:
@@ -48,7 +48,7 @@ def check_adapters(
         if file and _was_measured_on(file, reference, there.folder):
             verdict.errors.append(
                 f"{file.path} was measured on other weights than model {reference} has: "
-                f"{there.lacking}; measure this model with `obim-saliency RECIPE OUT_DIR "
+                f"{there.rebuild_reason}; measure this model with `obim-saliency RECIPE OUT_DIR "
                 "--overwrite`"
             )
 

@@ -28,7 +28,7 @@ from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe.faults import fold
 
 
-def experts_of(config: MergeConfiguration) -> list[ModelReference]:
+def expert_references(config: MergeConfiguration) -> list[ModelReference]:
     return sorted((m for m in config.referenced_models() if m != config.base_model), key=str)
 
 
@@ -109,6 +109,6 @@ def check_plan(
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
-    for (model, fate), tensors in found.fallbacks.found.items():
-        verdict.fallbacks.append({"model": model, "fate": fate, "tensors": tensors})
+    for (model, outcome), tensors in found.fallbacks.found.items():
+        verdict.fallbacks.append({"model": model, "outcome": outcome, "tensors": tensors})
     return missing

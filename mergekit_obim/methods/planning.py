@@ -106,22 +106,23 @@ class PlannedMethod(GroupMergeMethod):
 
 @dataclass
 class Fallbacks:
-    """Tensors without a saliency, to be named in one warning per model and what becomes of them.
+    """The tensors without saliency, collected so that one warning per model names them all.
 
     Attributes:
-        found: By the model and what becomes of them, the tensors' names, and why there is none.
+        found: (model, what the merge does with them instead) -> tensor name -> why it has none.
     """
 
     found: dict[tuple[str, str], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     def warn(self) -> None:
-        for (model, what), names in self.found.items():
+        """Log the warnings, and forget the tensors."""
+        for (model, outcome), names in self.found.items():
             LOG.warning(
                 "model %s: %d tensor%s without saliency, %s: %s",
                 model,
                 len(names),
                 "" if len(names) == 1 else "s",
-                what,
+                outcome,
                 ", ".join(names),
             )
         self.found.clear()
@@ -174,7 +175,7 @@ def plan_tensor(
 ) -> dict[Hashable, str]:
     """Check one tensor's parameters and saliency; returns the name to look each expert up by."""
     found.tensors += method.check_tensor(output, inputs, parameters)
-    fate = method.fallback(parameters["unscored"], parameters)
+    outcome = method.fallback(parameters["unscored"], parameters)
     chosen = {}
     for i in inputs:
         chosen[i.model] = i.names[0]
@@ -191,7 +192,7 @@ def plan_tensor(
                 unscored = file.metadata.unscored
                 reasons = [unscored[name] for name in i.names if name in unscored]
                 reason = reasons[0] if reasons else "its saliency file has no entry for it"
-                found.fallbacks.found[str(i.model), fate][i.names[0]] = reason
+                found.fallbacks.found[str(i.model), outcome][i.names[0]] = reason
         except ObimError as error:
             found.add(error, "saliency", i.names[0])
     return chosen

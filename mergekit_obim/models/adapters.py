@@ -53,12 +53,12 @@ class MergedAdapter:
 
     Attributes:
         folder: Where mergekit looks for it.
-        lacking: Why it has to be made, or made anew; None if it can be used as it is.
+        rebuild_reason: Why it has to be made, or made anew; None if it can be used as it is.
         changed: It is whole and was made by us, but its adapter or its model is another now.
     """
 
     folder: Path
-    lacking: str | None = None
+    rebuild_reason: str | None = None
     changed: bool = False
 
 
@@ -94,12 +94,12 @@ def merged(
             "--lora-merge-cache DIR, and the same to mergekit-yaml"
         )
     there = look_up(reference, cache_dir)
-    if there.lacking:
+    if there.rebuild_reason:
         check_adapter(reference)
         with _in_one_line(reference), _locked(there.folder):
             # Another process may have made it while this one waited.
             there = look_up(reference, cache_dir)
-            if there.lacking:
+            if there.rebuild_reason:
                 _make(reference, there, trust_remote_code, lora_merge_dtype)
     return ModelReference(model=ModelPath(path=str(there.folder)))
 
@@ -171,7 +171,7 @@ def _make(
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
         shutil.rmtree(left, ignore_errors=True)
     if os.path.lexists(folder):
-        LOG.warning("model %s: %s: merging it anew", reference, there.lacking)
+        LOG.warning("model %s: %s: merging it anew", reference, there.rebuild_reason)
     made_from = _made_from(reference)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:

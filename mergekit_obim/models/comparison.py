@@ -48,8 +48,8 @@ def comparison_findings(
     # In an order that all commands have, for the same words.
     experts = sorted(experts, key=lambda model: model.label)
     models = [*([base] if base else []), *experts]
-    listed = [model.config.architectures or [] for model in models]
-    known = [names[0] for names in listed if len(names) == 1]
+    architectures = [model.config.architectures or [] for model in models]
+    known = [names[0] for names in architectures if len(names) == 1]
     found = [architecture_finding(model.label, model.config, known) for model in models]
     findings = [finding for finding in found if finding]
     if findings:

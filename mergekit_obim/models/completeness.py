@@ -21,7 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from mergekit_obim.models.files import TensorHeader
-from mergekit_obim.models.findings import Finding, listed
+from mergekit_obim.models.findings import Finding, first_few
 from mergekit_obim.models.names import Sources, first_names, sources_of
 from mergekit_obim.models.opened import Access, OpenModel
 
@@ -102,7 +102,7 @@ def missing_tensors(
     ]
     if not missing:
         return ""
-    what = f"has no tensor {listed(missing)}"
+    what = f"has no tensor {first_few(missing)}"
     prefixed = (name for name in sources.unused if name.endswith(f".{missing[-1]}"))
     if prefix := next(prefixed, "").removesuffix(missing[-1]):
         return (
@@ -134,10 +134,10 @@ def _missing_in_plan(
     if not missing:
         return ""
     if built is None:
-        return f"has no tensor {listed(missing)}: the checkpoint is not complete"
+        return f"has no tensor {first_few(missing)}: the checkpoint is not complete"
     return (
         f"mergekit cannot merge a {(model.config.architectures or ['model like it'])[0]}: it asks "
-        f"for {listed(missing)}, which such models do not have; mergekit-pytorch merges them "
+        f"for {first_few(missing)}, which such models do not have; mergekit-pytorch merges them "
         "file by file"
     )
 
@@ -207,5 +207,5 @@ def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Itera
         yield Finding(
             "warning",
             f"{len(left)} tensors of the base {model.label} will not be in the merged model, as "
-            f"mergekit does not know them: {listed(left, 5)}",
+            f"mergekit does not know them: {first_few(left, 5)}",
         )

@@ -15,7 +15,7 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 
 from mergekit_obim.errors import one_line
-from mergekit_obim.models.findings import listed
+from mergekit_obim.models.findings import first_few
 
 # A checkout without `git lfs pull` has such a text in place of every large file.
 _LFS_POINTER = b"version https://git-lfs"
@@ -64,11 +64,11 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
         except _UnreadableError as error:
             faults.append(str(error))
             continue
-        lacking = [name for name in shard.contained_keys if name not in held]
-        if lacking:
+        missing = [name for name in shard.contained_keys if name not in held]
+        if missing:
             faults.append(
-                f"{shard.filename} does not hold {listed(lacking)}, which the index says it does: "
-                "the index and the files are of two different models; get them from one place"
+                f"{shard.filename} does not hold {first_few(missing)}, which the index says it "
+                "does: the index and the files are of two different models; get them from one place"
             )
         headers |= {name: held[name] for name in shard.contained_keys if name in held}
     return headers, faults

@@ -22,7 +22,7 @@ class Finding:
     message: str
 
 
-def listed(names: list[str], most: int = 3) -> str:
+def first_few(names: list[str], most: int = 3) -> str:
     """Some of many names, for one line: ``a, b, c and 5 more``."""
     more = len(names) - most
     return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

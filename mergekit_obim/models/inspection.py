@@ -73,7 +73,7 @@ def absent(reference: ModelReference, access: Access) -> str:
         if not access.lora_merge_cache:
             return ""  # which opening tells as an error
         try:
-            return look_up(reference, access.lora_merge_cache).lacking or ""
+            return look_up(reference, access.lora_merge_cache).rebuild_reason or ""
         except AdapterError:
             return "it has not been merged"  # why not is told as an error
     if Path(reference.model.path).exists():

@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_obim.errors import CheckpointError
 from mergekit_obim.models.completeness import missing_tensors
-from mergekit_obim.models.findings import listed
+from mergekit_obim.models.findings import first_few
 from mergekit_obim.models.names import sources_of
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.saliency.fingerprint import Fingerprint, sample
@@ -44,7 +44,7 @@ def check_loaded(
     if differing:
         raise CheckpointError(
             f"model {opened.label}: transformers loaded other values than mergekit reads of "
-            f"{listed(differing)}: look in {opened.folder} for a second set of weights or an "
+            f"{first_few(differing)}: look in {opened.folder} for a second set of weights or an "
             "adapter, and move it away"
         )
 

@@ -132,14 +132,14 @@ class Conversion:
         Returns:
             Names as the checkpoint would have them; a rule's pattern where it has not one such.
         """
-        lacking = []
+        missing = []
         for pattern, names in self.sources.items():
             if not names:
-                lacking.append(pattern)
+                missing.append(pattern)
             elif "*" in pattern:
                 wanted = [_EXPERT.sub(str(number), names[0], count=1) for number in range(count)]
-                lacking += [name for name in wanted if name not in names]
-        return lacking
+                missing += [name for name in wanted if name not in names]
+        return missing
 
 
 @dataclass(frozen=True)
