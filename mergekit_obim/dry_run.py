@@ -21,7 +21,7 @@ from pydantic import ValidationError
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
 from mergekit_obim.methods.mergekit_hooks import plan_module_checked, plans_ours
-from mergekit_obim.methods.planning import Findings, registry
+from mergekit_obim.methods.planning import PlanReport, registry
 from mergekit_obim.models.adapters import trust_by_content
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import Path, raise_errors
@@ -111,13 +111,13 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
 
 def plan_and_collect(
     config: MergeConfiguration, options: MergeOptions
-) -> tuple[list[tuple[Any, Any]], Findings]:
+) -> tuple[list[tuple[Any, Any]], PlanReport]:
     """Plan a merge as :func:`plan` does, but return what is wrong instead of raising it.
 
     Returns:
         The plan, empty if mergekit could not make one; and what was found.
     """
-    found = Findings()
+    found = PlanReport()
     try:
         with _in_our_words():
             planner = _planner(_CollectingPlanner, config, options)
@@ -133,7 +133,7 @@ class _CollectingPlanner(MergePlanner):
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.found = Findings()
+        self.found = PlanReport()
 
     def plan_module(self, module_name: str, definition: Any) -> None:
         if plans_ours(self):

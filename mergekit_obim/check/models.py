@@ -53,12 +53,12 @@ def check_models(
     for reference, reason in opened.absent.items():
         verdict.warnings.append(f"model {reference}: {reason}: its weights were not looked at")
         try:
-            verdict.note(inspect_absent(reference, options))
+            verdict.add(inspect_absent(reference, options))
         except ObimError as error:
             verdict.errors.append(error.message)
-    verdict.note(opened.findings)
+    verdict.add(opened.faults)
     base = config.base_model
-    verdict.note(inspect_models(opened.models, base, options, aligned=is_aligned(config)))
+    verdict.add(inspect_models(opened.models, base, options, aligned=is_aligned(config)))
     if base is None or base not in opened.readable:
         return opened
     start = opened.readable[base]

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergekit_obim.check.estimate import Cost
-from mergekit_obim.models.findings import Finding
 from mergekit_obim.recipe.faults import Fault, fold
 
 
@@ -40,17 +39,11 @@ class Verdict:
     densities: float | None = None
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Add faults of the recipe or its models, those of many tensors as one line."""
+        """Add faults; the same fault of many tensors becomes one line."""
         for fault in fold(faults):
             if fault.kind == "densities":
                 self.densities = fault.amount
-            (self.errors if fault.level == "error" else self.warnings).append(str(fault))
-
-    def note(self, findings: Iterable[Finding]) -> None:
-        """Add what was found of models."""
-        for finding in findings:
-            lines = self.warnings if finding.severity == "warning" else self.errors
-            lines.append(finding.message)
+            (self.warnings if fault.level == "warning" else self.errors).append(str(fault))
 
     def absorb(self, other: Verdict, label: str) -> None:
         """Add the verdict on another recipe of the same file, with a label before each line."""

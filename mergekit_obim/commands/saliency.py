@@ -357,14 +357,14 @@ def _inspected(
     for expert in experts:
         reference = ModelReference.model_validate(expert.reference)
         opened.models[reference] = open_model(reference, options)
-    found = list(opened.findings)
+    found = list(opened.faults)
     found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it
             found += inspect_absent(base, options)
     errors = []
     for finding in found:
-        if finding.severity == "error":
+        if finding.level == "error":
             errors.append(finding.message)
         elif ranks.first:
             click.echo(f"Warning: {finding.message}", err=True)

@@ -39,9 +39,9 @@ from mergekit_obim.errors import ObimError, RecipeError, one_line
 from mergekit_obim.methods.names import scored_names, stored_name
 from mergekit_obim.methods.planning import (
     UNWARNED,
-    Findings,
     PlannedInput,
     PlannedMethod,
+    PlanReport,
     is_planned,
     plan_in_memory,
     plan_tensor,
@@ -148,7 +148,7 @@ def _checked_plan_module(original: Any) -> Any:
             original(planner, module_name, definition)
             return
         # Of every module, as an error is to tell of all of them: kept where the tensors are.
-        found = vars(planner).setdefault("obim_findings", Findings())
+        found = vars(planner).setdefault("obim_report", PlanReport())
         plan_module_checked(planner, module_name, found)
         if module_name == list(planner.config.modules)[-1]:
             found.conclude()
@@ -162,7 +162,7 @@ def plans_ours(planner: Any) -> bool:
     return isinstance(planner._method, PlannedMethod)
 
 
-def plan_module_checked(planner: Any, module_name: str, found: Findings) -> None:
+def plan_module_checked(planner: Any, module_name: str, found: PlanReport) -> None:
     """Plan one module of a recipe for one of our methods, and note what is wrong.
 
     Args:
@@ -219,7 +219,7 @@ def _without(config: Any, faults: Iterable[Fault]) -> Any:
 
 
 def _plan_tasks(
-    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: Findings
+    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: PlanReport
 ) -> list[tuple[Any, Any]]:
     from mergekit.io.tasks import LoaderCache
 
@@ -292,13 +292,13 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
             for entry in (content, *content["models"]):
                 key = "base_model" if entry is content else "model"
                 entry |= {key: {"model": {"path": entry[key]}}} if key in entry else {}
-            Findings(list(recipe_faults(Document(content), registry()))).conclude()
+            PlanReport(list(recipe_faults(Document(content), registry()))).conclude()
             checked[0] = config
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod) or not method.reads_saliency:
             return shared, per_input
         loaders = module.SimpleLoaderCache().loaders
-        inputs, found = [], Findings(fallbacks=UNWARNED)
+        inputs, found = [], PlanReport(fallbacks=UNWARNED)
         for model, parameters in per_input.items():
             loader = loaders.get(model.model.path)
             if loader is None or model.model.path == config.base_model:

@@ -14,26 +14,27 @@ from mergekit.common import ModelPath
 
 from mergekit_obim.errors import quoted
 from mergekit_obim.models.configs import (
-    architecture_finding,
-    config_findings,
-    head_findings,
+    architecture_fault,
+    config_faults,
+    head_faults,
     vocabulary_weights,
 )
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.opened import Access, OpenModel
-from mergekit_obim.models.tokens import Vocabulary, is_spare, read_vocabulary, token_findings
+from mergekit_obim.models.tokens import Vocabulary, is_spare, read_vocabulary, token_faults
+from mergekit_obim.recipe.faults import Fault
 
 # Rows to read, where two tokenizers contradict each other, to see whether it matters.
 _MOST_ROWS = 64
 
 
-def comparison_findings(
+def comparison_faults(
     base: OpenModel | None,
     experts: Sequence[OpenModel],
     *,
     aligned: bool,
     access: Access,
-) -> list[Finding]:
+) -> list[Fault]:
     """Compare the configurations and the tokenizers of models that are to be merged.
 
     Nothing is downloaded, and of the weights only rows are read that two tokenizers disagree on.
@@ -50,21 +51,21 @@ def comparison_findings(
     models = [*([base] if base else []), *experts]
     architectures = [model.config.architectures or [] for model in models]
     known = [names[0] for names in architectures if len(names) == 1]
-    found = [architecture_finding(model.label, model.config, known) for model in models]
-    findings = [finding for finding in found if finding]
-    if findings:
-        return findings  # what settings mean depends on it
+    found = [architecture_fault(model.label, model.config, known) for model in models]
+    faults = [fault for fault in found if fault]
+    if faults:
+        return faults  # what settings mean depends on it
     if base:
         alike = [
             model for model in experts if model.config.architectures == base.config.architectures
         ]
         for model in alike:
-            findings += config_findings(model.label, model.config, base.label, base.config)
+            faults += config_faults(model.label, model.config, base.label, base.config)
         stored = {model.label: model.loader.index.tensor_paths.keys() for model in (base, *alike)}
-        findings += head_findings(base.label, base.config, stored)
+        faults += head_faults(base.label, base.config, stored)
     vocabularies = _Vocabularies(models, access)
-    findings += vocabularies.aligned() if aligned else vocabularies.mixed(base)
-    return findings
+    faults += vocabularies.aligned() if aligned else vocabularies.mixed(base)
+    return faults
 
 
 class _Vocabularies:
@@ -81,7 +82,7 @@ class _Vocabularies:
         sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
         self._rows = min((size for size in sizes if size), default=None)
 
-    def mixed(self, base: OpenModel | None) -> Iterator[Finding]:
+    def mixed(self, base: OpenModel | None) -> Iterator[Fault]:
         """What is wrong if rows are mixed by their numbers."""
         known: dict[str, Vocabulary] = {}
         for label, model in self.models.items():
@@ -93,20 +94,20 @@ class _Vocabularies:
                 if "trust_remote_code" in str(error):
                     why = "comes with code of its own: if you trust that, give --trust-remote-code"
                 line = f"model {label}: its tokens were not compared, as its tokenizer {why}"
-                yield Finding("warning", line)
+                yield model_fault("warning", line)
                 continue
             if found:
                 known[label] = found
-        findings = list(token_findings(known, base.label if base else "the base", self._differ))
-        yield from findings
+        faults = list(token_faults(known, base.label if base else "the base", self._differ))
+        yield from faults
         for label, line in self._own_tokenizers():
-            if any(label in finding.message for finding in findings):
-                yield Finding("warning", line)
+            if any(label in fault.message for fault in faults):
+                yield model_fault("warning", line)
 
-    def aligned(self) -> Iterator[Finding]:
+    def aligned(self) -> Iterator[Fault]:
         """What is wrong if mergekit aligns them by their tokens: it looks at no adapter's."""
         for _, line in self._own_tokenizers():
-            yield Finding("warning", line)
+            yield model_fault("warning", line)
 
     def _own_tokenizers(self) -> Iterator[tuple[str, str]]:
         """The adapters that have other tokens than their model: the label, and what to say."""

@@ -20,10 +20,11 @@ from mergekit.common import get_auto_cls
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from mergekit_obim.models.faults import first_few, model_fault
 from mergekit_obim.models.files import TensorHeader
-from mergekit_obim.models.findings import Finding, first_few
 from mergekit_obim.models.names import Sources, first_names, sources_of
 from mergekit_obim.models.opened import Access, OpenModel
+from mergekit_obim.recipe.faults import Fault
 
 # What old checkpoints keep and models make anew: masks, and the frequencies of rotary embeddings.
 _BUFFERS = (".attn.bias", "masked_bias", "inv_freq", "position_ids")
@@ -31,7 +32,7 @@ _BUFFERS = (".attn.bias", "masked_bias", "inv_freq", "position_ids")
 
 def completeness(
     model: OpenModel, access: Access, *, is_base: bool, merging: bool
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Find tensors that a checkpoint lacks, and those of a base that a merge would leave out.
 
     Args:
@@ -47,10 +48,10 @@ def completeness(
     """
     built, sources = _traced(model, access)
     if built and (missing := missing_tensors(built, model, sources)):
-        yield Finding("error", f"model {model.label}: {missing}")
+        yield model_fault("error", f"model {model.label}: {missing}")
     elif missing := _missing_in_plan(model, built, sources):
         severe = merging or not built
-        yield Finding("error" if severe else "warning", f"model {model.label}: {missing}")
+        yield model_fault("error" if severe else "warning", f"model {model.label}: {missing}")
     elif is_base:
         planned = {name for info in planned_tensors(model.config) for name in _names(info)}
         if planned or built:
@@ -186,7 +187,7 @@ def _complete_parameters(
     return complete
 
 
-def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Finding]:
+def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Fault]:
     made_of: dict[str, set[str]] = {}
     if sources is not None:
         for name, stored in sources.renamed.items():
@@ -204,7 +205,7 @@ def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Itera
         and not name.endswith(_BUFFERS)
     ]
     if left:
-        yield Finding(
+        yield model_fault(
             "warning",
             f"{len(left)} tensors of the base {model.label} will not be in the merged model, as "
             f"mergekit does not know them: {first_few(left, 5)}",

@@ -19,7 +19,8 @@ from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig
 
 from mergekit_obim.models.completeness import planned_tensors
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
+from mergekit_obim.recipe.faults import Fault
 
 
 @dataclass(frozen=True)
@@ -77,9 +78,9 @@ _SAME_FUNCTION = {
 _LONGEST = 60
 
 
-def config_findings(
+def config_faults(
     expert: str, config: PretrainedConfig, base: str, base_config: PretrainedConfig
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Settings under which an expert was trained, but the merged model will not run.
 
     Args:
@@ -108,14 +109,14 @@ def config_findings(
         shown = _shown(*values), _shown(*reversed(values))
         differing[fatal].append(f"{path} {shown[0]} (the base's: {shown[1]})")
     if differing[True]:
-        yield Finding(
-            "fault",
+        yield model_fault(
+            "check_error",
             f"model {expert}: its config has {', '.join(differing[True])}: under the config of the "
             f"base {base}, which the merged model gets, its weights mean something else; correct "
             f"its config.json if that is wrong, or leave {expert} out",
         )
     if differing[False]:
-        yield Finding(
+        yield model_fault(
             "warning",
             f"model {expert}: its config has {', '.join(differing[False])}: the merged model gets "
             f"the config of the base {base}, under which {expert} was not trained; try the merged "
@@ -123,9 +124,9 @@ def config_findings(
         )
 
 
-def architecture_finding(
+def architecture_fault(
     model: str, config: PretrainedConfig, known: Collection[str]
-) -> Finding | None:
+) -> Fault | None:
     """An error if mergekit cannot tell from the configuration what tensors the model has.
 
     Args:
@@ -138,16 +139,16 @@ def architecture_finding(
         return None
     found = f"lists {len(names)} `architectures`" if names else "has no `architectures`"
     entry = f'"architectures": ["{next(iter(known), "…ForCausalLM")}"]'
-    return Finding(
+    return model_fault(
         "error",
         f"model {model}: its config.json {found}, and mergekit needs one to know its tensors: "
         f"give it {entry}" + (", as the other models have" if known else ""),
     )
 
 
-def head_findings(
+def head_faults(
     base: str, base_config: PretrainedConfig, stored: Mapping[str, Collection[str]]
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Where the merged model's tensors and its ``tie_word_embeddings`` will contradict each other.
 
     mergekit writes a head as soon as one of the models has one, and takes the others' from their
@@ -168,7 +169,7 @@ def head_findings(
             continue
         if getattr(base_config, "tie_word_embeddings", False):
             others = [model for model in having if model != base] or having
-            yield Finding(
+            yield model_fault(
                 "warning",
                 f"model {others[0]}: has a {head.name} of its own, so the merged model will have "
                 f"one, but its config.json, the base {base}'s, says tie_word_embeddings: true, and "
@@ -178,7 +179,7 @@ def head_findings(
             )
         elif base in having:
             for model in without:
-                yield Finding(
+                yield model_fault(
                     "warning",
                     f"model {model}: has no {head.name}, but the base {base} has one (its config "
                     "says tie_word_embeddings: false): the merge takes this expert's embeddings "

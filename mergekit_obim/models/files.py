@@ -15,7 +15,7 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 
 from mergekit_obim.errors import one_line
-from mergekit_obim.models.findings import first_few
+from mergekit_obim.models.faults import first_few
 
 # A checkout without `git lfs pull` has such a text in place of every large file.
 _LFS_POINTER = b"version https://git-lfs"

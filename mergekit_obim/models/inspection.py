@@ -17,11 +17,12 @@ from transformers import PretrainedConfig
 
 from mergekit_obim.errors import AdapterError, ObimError
 from mergekit_obim.models.adapters import look_up
-from mergekit_obim.models.comparison import comparison_findings
+from mergekit_obim.models.comparison import comparison_faults
 from mergekit_obim.models.completeness import completeness
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
 from mergekit_obim.models.quantised import quantised
+from mergekit_obim.recipe.faults import Fault
 
 
 @dataclass
@@ -31,12 +32,12 @@ class Opened:
     Attributes:
         models: Those that could be opened.
         absent: Those whose weights are not here yet, and why.
-        findings: What is wrong with those that are here and could not be opened.
+        faults: What is wrong with those that are here and could not be opened.
     """
 
     models: dict[ModelReference, OpenModel] = field(default_factory=dict)
     absent: dict[ModelReference, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     @property
     def readable(self) -> dict[ModelReference, OpenModel]:
@@ -54,11 +55,11 @@ def open_models(references: Collection[ModelReference], access: Access) -> Opene
         try:
             opened.models[reference] = open_model(reference, access)
         except ObimError as error:
-            opened.findings.append(Finding("error", error.message))
+            opened.faults.append(model_fault("error", error.message))
     return opened
 
 
-def inspect_absent(reference: ModelReference, access: Access) -> Iterator[Finding]:
+def inspect_absent(reference: ModelReference, access: Access) -> Iterator[Fault]:
     """Look at the configuration of a model whose weights are not on this machine.
 
     Raises:
@@ -103,7 +104,7 @@ def inspect_models(
     aligned: bool,
     merging: bool = True,
     any_architecture: bool = False,
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Look at each model by itself, and at each expert beside the base.
 
     Args:
@@ -121,14 +122,14 @@ def inspect_models(
     if start and not any_architecture:
         for model in experts:
             yield from _inspect_beside(model, start, aligned=aligned, merging=merging)
-    yield from comparison_findings(start, experts, aligned=aligned, access=access)
+    yield from comparison_faults(start, experts, aligned=aligned, access=access)
 
 
 def _inspect_alone(
     model: OpenModel, access: Access, *, is_base: bool, merging: bool
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Look at a model's files, its tensors' dtypes, and whether all of them are there."""
-    yield from model.findings()
+    yield from model.faults()
     found = list(quantised(model.label, model.config, model.headers))
     yield from found
     if not found:  # a quantised model's tensors have other names
@@ -137,21 +138,21 @@ def _inspect_alone(
 
 def _inspect_beside(
     model: OpenModel, base: OpenModel, *, aligned: bool, merging: bool
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Compare an expert with the base: of one architecture, and of the same shapes."""
     own, wanted = ((m.config.architectures or [""])[0] for m in (model, base))
     if own == wanted:
         yield from _compare_shapes(model, base, aligned=aligned)
     elif own and wanted and model.reference.override_architecture is None:
         # The expert's saliency is the same, whichever base it is merged with later.
-        yield Finding(
+        yield model_fault(
             "error" if merging else "warning",
             f"model {model.label}: is a {own}, but the base {base.label} a {wanted}: experts have "
             "to be fine-tunes of the base; leave it out, or merge it with its own base",
         )
 
 
-def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iterator[Finding]:
+def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iterator[Fault]:
     shapes = {
         name: (list(header.shape), list(base.headers[name].shape))
         for name, header in model.headers.items()
@@ -162,7 +163,7 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
     if tokens and not aligned:
         name = next((name for name in tokens if "embed" in name), next(iter(tokens)))
         shape, base_shape = tokens[name]
-        yield Finding(
+        yield model_fault(
             "error",
             f"model {model.label}: has another vocabulary than the base {base.label}: {name} is "
             f"{shape}, the base's {base_shape}; add `tokenizer: {{source: base}}` to the recipe, "
@@ -172,7 +173,7 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
     if others:
         shape, base_shape = shapes[others[0]]
         more = f", and {len(others) - 1} more tensors differ" if others[1:] else ""
-        yield Finding(
+        yield model_fault(
             "error",
             f"model {model.label}: tensor {others[0]} is {shape}, but {base_shape} in the base "
             f"{base.label}{more}: it is no fine-tune of this base; set base_model to its own",

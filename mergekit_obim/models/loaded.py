@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_obim.errors import CheckpointError
 from mergekit_obim.models.completeness import missing_tensors
-from mergekit_obim.models.findings import first_few
+from mergekit_obim.models.faults import first_few
 from mergekit_obim.models.names import sources_of
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.saliency.fingerprint import Fingerprint, sample

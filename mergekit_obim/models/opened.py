@@ -20,9 +20,10 @@ from transformers import PretrainedConfig
 from mergekit_obim.errors import CheckpointError, quoted
 from mergekit_obim.models.adapters import merged as merge_adapter
 from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
-from mergekit_obim.models.findings import Finding
 from mergekit_obim.models.quantised import quantised
+from mergekit_obim.recipe.faults import Fault
 from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -110,14 +111,14 @@ class OpenModel:
         header = self.headers.get(name)
         return torch.Size(header.shape) if header else None
 
-    def findings(self) -> Iterator[Finding]:
+    def faults(self) -> Iterator[Fault]:
         """What is wrong with the files, and which of them are left unread."""
         for fault in self._read[1]:
-            yield Finding("error", f"model {self.label}: {fault}")
+            yield model_fault("error", f"model {self.label}: {fault}")
         unread = self.unread
         if unread:
             adapter = unread[0] in _ADAPTER
-            yield Finding(
+            yield model_fault(
                 "warning",
                 f"model {self.label}: its folder holds "
                 + ("an adapter beside full weights" if adapter else "two sets of weights")
@@ -217,7 +218,7 @@ def open_checkpoint(
         raise CheckpointError(f"model {reference}: cannot be read: {why}") from error
 
 
-def inspect_file(path: str) -> Iterator[Finding]:
+def inspect_file(path: str) -> Iterator[Fault]:
     """Look at a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
 
     Args:
@@ -236,7 +237,7 @@ def inspect_file(path: str) -> Iterator[Finding]:
         found = why_unreadable(place.parent if place.is_file() else place, place.name)
         headers, faults = {}, found or [f"cannot be read: {quoted(error)}"]
     for fault in faults:
-        yield Finding("error", f"model {path}: {fault}")
+        yield model_fault("error", f"model {path}: {fault}")
     yield from quantised(path, None, headers)
 
 

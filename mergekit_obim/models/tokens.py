@@ -19,7 +19,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
+from mergekit_obim.recipe.faults import Fault
 
 Vocabulary = Mapping[str, int]
 """Token -> its number, which is its row in the embeddings and in the head."""
@@ -48,11 +49,11 @@ def is_spare(token: str) -> bool:
     return _SPARE.fullmatch(token) is not None
 
 
-def token_findings(
+def token_faults(
     vocabularies: Mapping[str, Vocabulary],
     base: str,
     rows_differ: Callable[[str, str, Collection[int]], bool] = lambda *_: True,
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """What is wrong with mixing these models' vocabulary rows by number.
 
     Experts are compared with the base, and with each other where the base has no word in it: two
@@ -80,9 +81,9 @@ def token_findings(
             way_out = "add `tokenizer: {source: base}` to the recipe, or `{source: union}`"
         if clash.numbers:
             mixed = rows_differ(model, base, clash.numbers)
-            yield _finding(f"model {model}", clash.lines(model, there), way_out, mixed=mixed)
+            yield _clash_fault(f"model {model}", clash.lines(model, there), way_out, mixed=mixed)
         if clash.renamed:
-            yield Finding(
+            yield model_fault(
                 "warning",
                 f"model {model}: {_some(_said(clash.renamed, model, there))}: the merged model "
                 "gets the base's tokenizer, which lacks it; copy this expert's into the merged "
@@ -100,7 +101,7 @@ def token_findings(
         if clash.numbers:
             mixed = rows_differ(one, other, clash.numbers)
             lines = clash.lines(one, other)
-            yield _finding(f"models {one} and {other}", lines, union, mixed=mixed)
+            yield _clash_fault(f"models {one} and {other}", lines, union, mixed=mixed)
 
 
 @dataclass(frozen=True)
@@ -156,13 +157,13 @@ def _said(tokens: Mapping[int, tuple[str, str]], model: str, other: str) -> list
     ]
 
 
-def _finding(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Finding:
+def _clash_fault(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Fault:
     if mixed:
-        return Finding(
-            "fault",
+        return model_fault(
+            "check_error",
             f"{them}: {_some(lines)}: a merge would mix the rows of different tokens; {way_out}",
         )
-    return Finding(
+    return model_fault(
         "warning",
         f"{them}: {_some(lines)}: their rows are the same in both, so nothing is mixed, but the "
         f"merged model gets the base's tokenizer; to keep every model's tokens, {way_out}",
