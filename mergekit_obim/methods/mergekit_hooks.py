@@ -36,7 +36,6 @@ from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import BatchOptions, TensorGroup
 
 from mergekit_obim.errors import ObimError, RecipeError, one_line
-from mergekit_obim.methods.names import scored_names, stored_name
 from mergekit_obim.methods.planning import (
     UNWARNED,
     PlannedInput,
@@ -51,6 +50,7 @@ from mergekit_obim.methods.planning import (
 from mergekit_obim.methods.preflight import inspect_files, inspect_recipe, written
 from mergekit_obim.methods.vocabulary import vocabulary_rows
 from mergekit_obim.models.adapters import trust_by_content
+from mergekit_obim.models.checkpoint import scored_names, stored_name
 from mergekit_obim.models.layers import layer_indices
 from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault, recipe_faults

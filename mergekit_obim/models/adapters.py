@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mergekit_obim.errors import AdapterError, ObimError, quoted
+from mergekit_obim.models.files import file_headers
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.recipe.references import identity
 from mergekit_obim.saliency.file import PUBLISHED_NAME
@@ -42,6 +43,7 @@ LOG = logging.getLogger("mergekit_obim")
 RECORD = "obim_merged_from.json"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order that peft looks
+ADAPTER_FILES = (_CONFIG, *_WEIGHTS)
 _merge_by_mergekit = ModelReference.merged
 
 Shapes = dict[str, tuple[int, ...]]
@@ -206,7 +208,8 @@ def check_adapter(reference: ModelReference) -> None:
     with _in_one_line(reference):
         config, weights = _adapter_files(reference)
         kind = json.loads(config.read_text(encoding="utf-8"))
-        misfit = _misfit(_shapes(weights), _model_shapes(reference.model))
+        folder = Path(reference.model.path)  # a model on the Hub has no files here yet
+        misfit = _misfit(_shapes([weights]), _shapes(_model_files(folder)))
     if "num_virtual_tokens" in kind:
         raise AdapterError(
             f"model {reference}: the adapter is of the kind {kind.get('peft_type')}, which changes "
@@ -340,24 +343,18 @@ def _sample_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_shapes(model: ModelPath) -> Shapes:
-    folder = Path(model.path)
-    files = _model_files(folder) if folder.is_dir() else []
-    return {name: shape for path in files for name, shape in _shapes(path).items()}
-
-
 def _model_files(folder: Path) -> list[Path]:
     """The files of weights in a model's folder, without what may lie beside them."""
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sorted(path for path in files if path.name not in (*_WEIGHTS, PUBLISHED_NAME))
 
 
-def _shapes(path: Path) -> Shapes:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-    stored: Mapping[str, torch.Tensor] = torch.load(path, map_location="meta", weights_only=True)
-    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+def _shapes(files: Iterable[Path]) -> Shapes:
+    return {
+        name: header.shape
+        for path in files
+        for name, header in sorted(file_headers(path, path.name).items())
+    }
 
 
 def _sizes(folder: Path) -> dict[str, int]:

@@ -1,10 +1,15 @@
-"""Reading a checkpoint's tensors, also one after another to look at a few values of each."""
+"""Reading a checkpoint's tensors, and the names under which mergekit looks for a weight there.
+
+mergekit describes a weight by a ``WeightInfo``: its name in the architecture's definition, aliases
+that older checkpoints use, and the names of the weights that it may be tied to.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import torch
+from mergekit.architecture import WeightInfo
 from mergekit.io import LazyTensorLoader
 
 from mergekit_obim.errors import CheckpointError, quoted
@@ -31,6 +36,29 @@ def tensor_of(loader: LazyTensorLoader, name: str) -> torch.Tensor:
         ) from error
     assert tensor is not None  # it raises before
     return tensor
+
+
+def possible_names(info: WeightInfo) -> tuple[str, ...]:
+    """Return the names that mergekit loads a weight by; the first that is stored counts."""
+    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
+
+
+def stored_name(loader: LazyTensorLoader, info: WeightInfo) -> str | None:
+    """Return the name under which a checkpoint stores a weight, None if it does not store it."""
+    paths = loader.index.tensor_paths
+    return next((name for name in possible_names(info) if name in paths), None)
+
+
+def scored_names(loader: LazyTensorLoader, info: WeightInfo) -> tuple[str, ...]:
+    """Return the names to look a weight's saliency up by, in the order in which they count.
+
+    A head that the checkpoint stores itself must not be ranked by the saliency of the embeddings,
+    which it would otherwise be tied to.
+    """
+    tied = info.tied_names or ()
+    stored = stored_name(loader, info)
+    by_itself = stored is not None and stored not in tied
+    return tuple(name for name in possible_names(info) if not (by_itself and name in tied))
 
 
 class StreamingReader:

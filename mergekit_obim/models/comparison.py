@@ -6,9 +6,7 @@ The check, the pre-pass and the merge all ask here, and so say the same.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
-import huggingface_hub
 import torch
 from mergekit.common import ModelPath
 
@@ -20,7 +18,7 @@ from mergekit_obim.models.configs import (
     vocabulary_weights,
 )
 from mergekit_obim.models.faults import model_fault
-from mergekit_obim.models.opened import Access, OpenModel
+from mergekit_obim.models.opened import Access, OpenModel, local_folder
 from mergekit_obim.models.tokens import Vocabulary, is_spare, read_vocabulary, token_faults
 from mergekit_obim.recipe.faults import Fault
 
@@ -127,7 +125,7 @@ class _Vocabularies:
                 )
 
     def _read(self, place: ModelPath) -> Vocabulary | None:
-        folder = _folder(place, self._access.transformers_cache)
+        folder = local_folder(place, self._access.transformers_cache)
         if folder is None:
             return None
         found = read_vocabulary(folder, trust_remote_code=self._access.trust_remote_code)
@@ -138,20 +136,6 @@ class _Vocabularies:
 
     def _differ(self, one: str, other: str, numbers: Collection[int]) -> bool:
         return _rows_differ(self.models[one], self.models[other], sorted(numbers)[:_MOST_ROWS])
-
-
-def _folder(place: ModelPath, cache_dir: str | None) -> Path | None:
-    """Where a model's files are on this machine."""
-    if Path(place.path).exists():
-        return Path(place.path)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                place.path, revision=place.revision, cache_dir=cache_dir, local_files_only=True
-            )
-        )
-    except (OSError, ValueError):  # both of which the Hub's errors are
-        return None
 
 
 def _rows_differ(one: OpenModel, other: OpenModel, numbers: Sequence[int]) -> bool:

@@ -20,6 +20,7 @@ from mergekit.common import get_auto_cls
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from mergekit_obim.models.checkpoint import possible_names
 from mergekit_obim.models.faults import first_few, model_fault
 from mergekit_obim.models.files import TensorHeader
 from mergekit_obim.models.names import Sources, first_names, sources_of
@@ -53,7 +54,7 @@ def completeness(
         severe = merging or not built
         yield model_fault("error" if severe else "warning", f"model {model.label}: {missing}")
     elif is_base:
-        planned = {name for info in planned_tensors(model.config) for name in _names(info)}
+        planned = {name for info in planned_tensors(model.config) for name in possible_names(info)}
         if planned or built:
             yield from _dropped(model, planned or set(built.state_dict()), sources)  # type: ignore[union-attr]
 
@@ -165,10 +166,6 @@ def planned_tensors(config: PretrainedConfig) -> list[WeightInfo]:
         info = arch_info_for_config(config)
         return list(info.all_weights(config)) if info else []
     return []
-
-
-def _names(info: WeightInfo) -> tuple[str, ...]:
-    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
 
 
 def _complete_parameters(

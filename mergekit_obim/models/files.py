@@ -60,8 +60,8 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
         try:
-            held = _headers_of(path, shard.filename)
-        except _UnreadableError as error:
+            held = file_headers(path, shard.filename)
+        except UnreadableFileError as error:
             faults.append(str(error))
             continue
         missing = [name for name in shard.contained_keys if name not in held]
@@ -86,30 +86,39 @@ def why_unreadable(folder: Path, *names: str) -> list[str]:
         path = folder / name
         if path.is_symlink() or path.is_file():
             try:
-                _headers_of(path, name)
-            except _UnreadableError as error:
+                file_headers(path, name)
+            except UnreadableFileError as error:
                 faults.append(str(error))
     return faults
 
 
-class _UnreadableError(Exception):
-    """A file cannot be used; the message says why, and what to do."""
+class UnreadableFileError(Exception):
+    """A weight file cannot be used; the message says why, and what to do."""
 
 
-def _headers_of(path: Path, name: str) -> Mapping[str, TensorHeader]:
+def file_headers(path: Path, name: str) -> Mapping[str, TensorHeader]:
+    """Read the headers of all tensors in one weight file, ``.safetensors`` or ``.bin``.
+
+    Args:
+        path: The file.
+        name: What to call it in messages, and in the headers.
+
+    Raises:
+        UnreadableFileError: The file is missing, cut short, or only a Git LFS pointer.
+    """
     again = "get the file again"
     if not path.is_file():
-        raise _UnreadableError(f"{name} is missing; {again}")
+        raise UnreadableFileError(f"{name} is missing; {again}")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise _UnreadableError(
+            raise UnreadableFileError(
                 f"{name} is only a Git LFS pointer to the weights; run `git lfs pull` there"
             )
     try:
         return dict(_safetensors(path, name) if path.suffix == ".safetensors" else _bin(path, name))
     except Exception as error:  # torch.load raises whatever a broken pickle makes it raise
         kind = "safetensors" if isinstance(error, SafetensorError) else "weight"
-        raise _UnreadableError(
+        raise UnreadableFileError(
             f"{name} is not a whole {kind} file ({one_line(error)}); it may have been cut short: "
             f"{again}"
         ) from error

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
@@ -20,7 +18,7 @@ from mergekit_obim.models.adapters import look_up
 from mergekit_obim.models.comparison import comparison_faults
 from mergekit_obim.models.completeness import completeness
 from mergekit_obim.models.faults import model_fault
-from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
+from mergekit_obim.models.opened import Access, OpenModel, local_folder, open_config, open_model
 from mergekit_obim.models.quantised import quantised
 from mergekit_obim.recipe.faults import Fault
 
@@ -77,18 +75,8 @@ def absent(reference: ModelReference, access: Access) -> str:
             return look_up(reference, access.lora_merge_cache).rebuild_reason or ""
         except AdapterError:
             return "it has not been merged"  # why not is told as an error
-    if Path(reference.model.path).exists():
-        return ""
-    try:
-        huggingface_hub.snapshot_download(
-            reference.model.path,
-            revision=reference.model.revision,
-            cache_dir=access.transformers_cache,
-            local_files_only=True,
-        )
-    except (OSError, ValueError):  # both of which the Hub's errors are
-        return "has not been downloaded yet"
-    return ""
+    here = local_folder(reference.model, access.transformers_cache)
+    return "" if here else "has not been downloaded yet"
 
 
 def is_aligned(config: MergeConfiguration) -> bool:

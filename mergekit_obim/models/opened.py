@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
+import huggingface_hub
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
@@ -18,6 +19,7 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
 from mergekit_obim.errors import CheckpointError, quoted
+from mergekit_obim.models.adapters import ADAPTER_FILES
 from mergekit_obim.models.adapters import merged as merge_adapter
 from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
 from mergekit_obim.models.faults import model_fault
@@ -26,7 +28,6 @@ from mergekit_obim.models.quantised import quantised
 from mergekit_obim.recipe.faults import Fault
 from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -91,7 +92,7 @@ class OpenModel:
     def unread(self) -> list[str]:
         """The weight files in the folder that transformers would read and mergekit does not."""
         # transformers applies an adapter that lies beside full weights.
-        found = list(_ADAPTER) if (self.folder / _ADAPTER[0]).exists() else []
+        found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
         shards = {shard.filename for shard in self.loader.index.shards}
         found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
@@ -117,7 +118,7 @@ class OpenModel:
             yield model_fault("error", f"model {self.label}: {fault}")
         unread = self.unread
         if unread:
-            adapter = unread[0] in _ADAPTER
+            adapter = unread[0] in ADAPTER_FILES
             yield model_fault(
                 "warning",
                 f"model {self.label}: its folder holds "
@@ -218,6 +219,25 @@ def open_checkpoint(
         raise CheckpointError(f"model {reference}: cannot be read: {why}") from error
 
 
+def local_folder(place: ModelPath, cache_dir: str | None) -> Path | None:
+    """Return where a model's or an adapter's files are on this machine, None if they are not.
+
+    Args:
+        place: A path, or a repository on the Hub.
+        cache_dir: The Hub cache to look in; None is the default one.
+    """
+    if Path(place.path).exists():
+        return Path(place.path)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                place.path, revision=place.revision, cache_dir=cache_dir, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # both of which the Hub's errors are
+        return None
+
+
 def inspect_file(path: str) -> Iterator[Fault]:
     """Look at a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
 
@@ -251,7 +271,7 @@ def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
         return reference.config(trust_remote_code=access.trust_remote_code)
     except Exception as error:
         refuse_code(str(reference), "it", error)
-        if Path(reference.model.path, _ADAPTER[0]).is_file():
+        if Path(reference.model.path, ADAPTER_FILES[0]).is_file():
             raise CheckpointError(
                 f"model {reference}: is an adapter without its model: write MODEL+{reference}"
             ) from error
