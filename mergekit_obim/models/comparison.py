@@ -1,6 +1,6 @@
-"""What makes models unfit to be merged with each other, apart from their weights' values.
+"""Whether models can be merged with each other, by their configurations and tokenizers.
 
-The check, the pre-pass and the merge all ask here, and so say the same.
+The check, the pre-pass and the merge all ask here, and so use the same words.
 """
 
 from __future__ import annotations
@@ -35,16 +35,17 @@ def comparison_faults(
 ) -> list[Fault]:
     """Compare the configurations and the tokenizers of models that are to be merged.
 
-    Nothing is downloaded, and of the weights only rows are read that two tokenizers disagree on.
+    Nothing is downloaded. Of the weights, only those vocabulary rows are read that two tokenizers
+    disagree on.
 
     Args:
         base: The base; None if it is not on this machine.
-        experts: The others. They are compared with each other too.
+        experts: The experts, which are also compared with each other.
         aligned: Whether the recipe has ``tokenizer`` or ``tokenizer_source``, so that mergekit
             brings vocabulary rows into one order by their tokens.
         access: How models are read, and whether a tokenizer's own code may run.
     """
-    # In an order that all commands have, for the same words.
+    # The commands open the models in different orders; sorted, they all print the same messages.
     experts = sorted(experts, key=lambda model: model.label)
     models = [*([base] if base else []), *experts]
     architectures = [model.config.architectures or [] for model in models]
@@ -52,7 +53,7 @@ def comparison_faults(
     found = [architecture_fault(model.label, model.config, known) for model in models]
     faults = [fault for fault in found if fault]
     if faults:
-        return faults  # what settings mean depends on it
+        return faults  # the settings of unknown architectures cannot be compared
     if base:
         alike = [
             model for model in experts if model.config.architectures == base.config.architectures
@@ -67,11 +68,11 @@ def comparison_faults(
 
 
 class _Vocabularies:
-    """The tokens of models whose rows are to be mixed, each read once.
+    """The vocabularies of the models of one recipe.
 
     Args:
-        models: The base, if it is here, and the experts.
-        access: As above.
+        models: The base, if it is on this machine, and the experts.
+        access: How models are read, and whether a tokenizer's own code may run.
     """
 
     def __init__(self, models: Sequence[OpenModel], access: Access) -> None:
@@ -81,7 +82,7 @@ class _Vocabularies:
         self._rows = min((size for size in sizes if size), default=None)
 
     def mixed(self, base: OpenModel | None) -> Iterator[Fault]:
-        """What is wrong if rows are mixed by their numbers."""
+        """Yield what is wrong if rows are mixed by their numbers, mergekit's default."""
         known: dict[str, Vocabulary] = {}
         for label, model in self.models.items():
             places = (model.reference.lora, model.reference.model)
@@ -103,18 +104,18 @@ class _Vocabularies:
                 yield model_fault("warning", line)
 
     def aligned(self) -> Iterator[Fault]:
-        """What is wrong if mergekit aligns them by their tokens: it looks at no adapter's."""
+        """Yield what is wrong if mergekit aligns rows by tokens, which ignores adapters' tokens."""
         for _, line in self._own_tokenizers():
             yield model_fault("warning", line)
 
     def _own_tokenizers(self) -> Iterator[tuple[str, str]]:
-        """The adapters that have other tokens than their model: the label, and what to say."""
+        """Yield the label and a warning for each adapter with other tokens than its model."""
         for label, model in self.models.items():
             reference = model.reference
             try:
                 own = self._read(reference.lora) if reference.lora else None
                 others = self._read(reference.model) if own else None
-            except Exception:  # which is told where they are compared
+            except Exception:  # `mixed` warns of it
                 continue
             if own and others and not all(map(is_spare, dict(own.items() - others.items()))):
                 yield (
@@ -130,7 +131,7 @@ class _Vocabularies:
             return None
         found = read_vocabulary(folder, trust_remote_code=self._access.trust_remote_code)
         if found and self._rows and max(found.values()) >= self._rows:
-            # What lies beyond the rows that all have is mixed with nothing.
+            # Rows that not every model has are not merged, so their tokens do not matter.
             return {token: number for token, number in found.items() if number < self._rows}
         return found
 
@@ -139,7 +140,7 @@ class _Vocabularies:
 
 
 def _rows_differ(one: OpenModel, other: OpenModel, numbers: Sequence[int]) -> bool:
-    """Whether a vocabulary weight has other values in these rows; assumed where none is known."""
+    """Return whether any vocabulary weight differs in these rows; True if none is known."""
     names = {
         weight.name for weight in vocabulary_weights(one.config) if weight.vocabulary_axis == 0
     }

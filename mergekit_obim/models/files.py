@@ -23,7 +23,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of a tensor.
+    """What the header of a weight file says about one tensor.
 
     Attributes:
         dtype: As safetensors names it: ``BF16``, ``F8_E4M3``, ``I32``.
@@ -52,8 +52,8 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
         index: mergekit's index of the checkpoint.
 
     Returns:
-        The headers of all tensors that the index lists and its files hold, and a phrase for
-        every file that cannot be used: what is wrong with it, and what to do.
+        The headers of all tensors that the index lists and the files hold; and for every file
+        that cannot be used a phrase that says why, and what to do.
     """
     headers: dict[str, TensorHeader] = {}
     faults = []
@@ -75,7 +75,7 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
 
 
 def why_unreadable(folder: Path, *names: str) -> list[str]:
-    """Say what is wrong with the weight files of a folder that mergekit cannot open.
+    """Return what is wrong with the weight files of a folder that mergekit cannot open.
 
     Args:
         folder: The folder.

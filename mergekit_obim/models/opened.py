@@ -32,7 +32,7 @@ _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 class Access(Protocol):
-    """How models are read: the part of mergekit's options, and of ours, that says so."""
+    """The options for reading models, which both mergekit's and our option classes have."""
 
     @property
     def trust_remote_code(self) -> bool: ...
@@ -44,11 +44,11 @@ class Access(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
-    """A model of a recipe with its checkpoint, of which nothing but headers has been read.
+    """A model of a recipe, opened: its configuration and its checkpoint, without reading weights.
 
     Attributes:
         reference: The model as the recipe names it.
-        merged: Where its weights are: the same, or the folder with its adapter merged in.
+        merged: The model whose weights are used: the same, or the one with its adapter merged in.
         config: Its configuration.
         loader: mergekit's reader of its checkpoint.
     """
@@ -60,7 +60,7 @@ class OpenModel:
 
     @property
     def label(self) -> str:
-        """The model's name in messages: what the recipe calls it."""
+        """The model's name in messages, as the recipe writes it."""
         return str(self.reference)
 
     @property
@@ -75,7 +75,7 @@ class OpenModel:
 
     @property
     def commit(self) -> str:
-        """Of a model in the Hub's cache, the commit, which its folder is named after; or empty."""
+        """The commit of a model in the Hub's cache; empty for other folders."""
         return self.folder.name if self.folder.parent.name == "snapshots" else ""
 
     @property
@@ -90,7 +90,7 @@ class OpenModel:
 
     @property
     def unread(self) -> list[str]:
-        """The weight files in the folder that transformers would read and mergekit does not."""
+        """The weight files in the folder that transformers would load and mergekit does not."""
         # transformers applies an adapter that lies beside full weights.
         found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
@@ -113,7 +113,7 @@ class OpenModel:
         return torch.Size(header.shape) if header else None
 
     def faults(self) -> Iterator[Fault]:
-        """What is wrong with the files, and which of them are left unread."""
+        """Yield an error for each unusable file, and a warning if files will be left unread."""
         for fault in self._read[1]:
             yield model_fault("error", f"model {self.label}: {fault}")
         unread = self.unread
@@ -133,7 +133,7 @@ class OpenModel:
 
     @contextmanager
     def files_to_load(self) -> Iterator[ModelPath]:
-        """Give transformers the files that mergekit reads, and no others.
+        """Let transformers load exactly the files that mergekit reads.
 
         Yields:
             Where to load from: the model itself, or a temporary folder of links to its files
@@ -159,7 +159,7 @@ class OpenModel:
             yield ModelPath(path=links)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
-        """Sample every stored floating-point weight."""
+        """Return the fingerprint of every stored floating-point tensor, by its name."""
         prints = {}
         reader = StreamingReader(self.loader)
         for name in self.names:
@@ -170,7 +170,7 @@ class OpenModel:
         return prints
 
     def digest(self) -> str:
-        """The sha256 of all fingerprints, which tells one checkpoint from another."""
+        """Return the sha256 of all fingerprints in hex, which identifies the checkpoint."""
         prints = self.fingerprints()
         lines = "".join(f"{name} {prints[name].model_dump_json()}\n" for name in sorted(prints))
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -198,10 +198,10 @@ def open_model(reference: ModelReference, access: Access) -> OpenModel:
 def open_checkpoint(
     reference: ModelReference, access: Access
 ) -> tuple[ModelReference, LazyTensorLoader]:
-    """Open a model's checkpoint, for those who need no configuration.
+    """Open a model's checkpoint without its configuration.
 
     Returns:
-        Where the weights are, the model's adapter merged in if it has one, and their reader.
+        The model with its adapter merged in, if it has one, and the reader of its weights.
 
     Raises:
         CheckpointError: It cannot be read; the message names the file where one is to blame.
@@ -239,13 +239,13 @@ def local_folder(place: ModelPath, cache_dir: str | None) -> Path | None:
 
 
 def inspect_file(path: str) -> Iterator[Fault]:
-    """Look at a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
+    """Inspect a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
 
     Args:
         path: The file or folder; it is also the name to call it by.
 
     Yields:
-        Errors: it cannot be read, or holds the codes of quantised weights.
+        An error if it cannot be read or holds quantised weights.
     """
     try:
         read = (
@@ -265,7 +265,7 @@ def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
     """Read a model's configuration.
 
     Raises:
-        CheckpointError: There is none, or it needs code that may not be run.
+        CheckpointError: There is no configuration, or it needs code that may not run.
     """
     try:
         return reference.config(trust_remote_code=access.trust_remote_code)
@@ -281,10 +281,15 @@ def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
 
 
 def refuse_code(label: str, what: str, error: Exception) -> None:
-    """Raise if transformers failed because it must not run code that comes with a model.
+    """Raise a better error if transformers failed because a model's own code may not run.
+
+    Args:
+        label: The model's name in messages.
+        what: The part of the model that comes with code.
+        error: What transformers raised; any other reason is left to the caller.
 
     Raises:
-        CheckpointError: That is why it failed; the message says how to allow it.
+        CheckpointError: The code may not run; the message says how to allow it.
     """
     if "trust_remote_code" in str(error):
         raise CheckpointError(

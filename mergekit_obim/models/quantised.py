@@ -1,7 +1,7 @@
-"""Telling a quantised checkpoint by its tensors: what a configuration says may be out of date.
+"""Recognising quantised checkpoints by their tensors, as configurations may be out of date.
 
-mergekit merges stored numbers. Those of a quantised checkpoint are codes, which mean a weight only
-together with their scales, so merging them would give nonsense.
+mergekit merges the stored numbers. In a quantised checkpoint those are codes, which give a weight
+only together with their scales, so merging them would give nonsense.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 def quantised(
     label: str, config: PretrainedConfig | None, headers: Mapping[str, TensorHeader] | None
 ) -> Iterator[Fault]:
-    """Find what shows that a model is quantised, or that its configuration only says so.
+    """Yield an error if a model is quantised, or if only its configuration says that it is.
 
     Args:
         label: What to call the model.
