@@ -18,7 +18,7 @@ LOG = logging.getLogger("mergekit_obim")
 
 
 class ObimError(click.ClickException):
-    """Base class; exit code 1. With ``-v`` the traceback is logged before the line."""
+    """Base class of all errors; commands end with exit code 1, with ``-v`` after the traceback."""
 
     def show(self, file: IO[Any] | None = None) -> None:
         if LOG.isEnabledFor(logging.INFO):
@@ -27,15 +27,15 @@ class ObimError(click.ClickException):
 
 
 class RecipeError(ObimError, ValueError):
-    """The recipe asks for something that cannot be: an unknown parameter, a density over 1, …"""
+    """A recipe asks for something impossible, such as an unknown parameter or a density over 1."""
 
 
 class SaliencyFileError(ObimError, ValueError):
-    """A saliency file that cannot be used: truncated, of another version, of other weights, …"""
+    """A saliency file cannot be used: truncated, of another version, of other weights, …"""
 
 
 class SaliencyNotFoundError(ObimError, FileNotFoundError):
-    """No saliency file where the recipe, or the model's own folder, should have one."""
+    """There is no saliency file where the recipe says, or in the model's own folder."""
 
     # OSError prints its errno and file name unless told otherwise.
     def __str__(self) -> str:
@@ -43,35 +43,35 @@ class SaliencyNotFoundError(ObimError, FileNotFoundError):
 
 
 class CheckpointError(ObimError, ValueError):
-    """A model that cannot be read, or whose tensors are not what its configuration says."""
+    """A model cannot be read, or its tensors are not what its configuration says."""
 
 
 class AdapterError(ObimError, ValueError):
-    """An adapter that cannot be merged into the model that it is given."""
+    """An adapter cannot be merged into the model that the recipe names for it."""
 
 
 class CalibrationError(ObimError, ValueError):
-    """Calibration data or a calibration run that cannot give a saliency."""
+    """The calibration data, or a calibration run, cannot produce a saliency."""
 
 
 class DeviceMemoryError(ObimError, MemoryError):
-    """A model or its activations do not fit the device."""
+    """A model or its activations do not fit into the device's memory."""
 
 
 class OtherProcessError(ObimError, RuntimeError):
-    """Another of the processes that share the work has failed; the message is its own."""
+    """Another of the processes that share the work has failed, with the message given here."""
 
 
 class UnscorableError(ObimError, ArithmeticError):
-    """Weights or activations that are not finite numbers."""
+    """Weights or activations are not finite numbers."""
 
 
 def one_line(error: BaseException) -> str:
-    """Another library's message on one line, for ours to quote; its kind if it says nothing."""
+    """Return another library's message as one line, or the error's type if it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def quoted(error: BaseException) -> str:
-    """The same, cut where it is long."""
+    """Return another library's message as one line of at most 300 characters."""
     text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "…"

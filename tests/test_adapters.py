@@ -373,7 +373,7 @@ def an_adapter_in_the_model(setting: Setting) -> None:
         (cut_short_adapter, ["cannot be merged", "header"]),
         (prompt_tuning, ["PROMPT_TUNING", "leave it out"]),
         (other_width, [Q_PROJ, "[24, 32]", "[16, 16]", "trained on org/wider"]),
-        (other_layers, ["model.layers.2", "which the model has not"]),
+        (other_layers, ["model.layers.2", "which the model does not have"]),
         (other_names, ["missing adapter keys", Q_PROJ]),
         (resized, ["lm_head.weight", "resize_token_embeddings(261)", "[259, 16]"]),
         (an_adapter_in_the_model, ["adapter_config.json beside its weights", "elsewhere"]),
@@ -407,7 +407,7 @@ def test_an_adapter_on_the_hub(setting: Setting, monkeypatch: pytest.MonkeyPatch
     checkpoints.fake_hub(setting.root / "hub", "org/adapter", files, ref="v1")
     adapters.check_adapter(setting.reference)
     there = adapters.look_up(setting.reference, str(setting.cache))
-    assert there.lacking == "the adapter has not been merged into its model yet"
+    assert there.rebuild_reason == "the adapter has not been merged into its model yet"
     setting.merged()
     setting.is_right()
 

@@ -46,7 +46,7 @@ ROOMS = {
         *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
         *("mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
-    "mergekit_obim.planned": {
+    "mergekit_obim.dry_run": {
         *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"),
         *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.recipe"),
     },
@@ -59,13 +59,13 @@ ROOMS = {
         *("huggingface_hub", "jinja2", "matplotlib", "mergekit", "numpy", "torch", "yaml"),
         *("mergekit_obim", "mergekit_obim.errors", "mergekit_obim.kernels"),
         *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.models"),
-        *("mergekit_obim.planned", "mergekit_obim.saliency"),
+        *("mergekit_obim.dry_run", "mergekit_obim.saliency"),
     },
     # Asks both sides what they would say, so it stands above them.
     "mergekit_obim.check": {
         *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
         *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
-        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.planned"),
+        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.dry_run"),
         *("mergekit_obim.recipe", "mergekit_obim.saliency"),
     },
 }

@@ -15,7 +15,7 @@ import checkpoints
 import commands
 from commands import World, refusal, says, succeed
 from mergekit_obim import __version__
-from mergekit_obim.planned import read_config
+from mergekit_obim.dry_run import read_config
 from mergekit_obim.report.card import BEGIN, END, hub_models
 
 

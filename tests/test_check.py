@@ -257,7 +257,7 @@ def test_tensors_that_fall_back_are_named_with_the_reason(world: World, tmp_path
     assert verdict["fallbacks"] == [
         {
             "model": str(expert),
-            "fate": "left at the base's values",
+            "outcome": "left at the base's values",
             "tensors": {Q_PROJ: "it never ran", NORM: "its saliency file has no entry for it"},
         }
         for expert in world.experts
@@ -285,8 +285,8 @@ def test_an_expert_of_another_base(world: World, tmp_path: Path, check: Check) -
         tensors |= {n: t * 0.5 for n, t in checkpoints.base_weights(9, shapes).items()}
 
     faults, _ = check(with_expert(world, altered(world, tmp_path / "stranger", other)))
-    only(faults, tmp_path / "stranger", "is no fine-tune of", world.base, "set base_model")
-    assert re.search(r"lies 1\.[345]", faults[0])  # √2: neither knows of the other
+    only(faults, tmp_path / "stranger", "is not a fine-tune of", world.base, "set base_model")
+    assert re.search(r"differ by 1\.[345]", faults[0])  # √2: neither knows of the other
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,7 @@ def test_experts_that_share_an_ancestor_after_the_base(
     faults, warnings = check(recipe)
     assert not faults
     if cosine:
-        only(warnings, "late0", "late1", "in the same way", cosine)
+        only(warnings, "late0", "late1", "in the same direction", cosine)
     else:  # two children that have gone as far as their parent did
         assert not warnings
 

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 
 import checkpoints
 from commands import World, says
-from mergekit_obim.models.comparison import comparison_findings
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.comparison import comparison_faults
 from mergekit_obim.models.opened import OpenModel
+from mergekit_obim.recipe.faults import Fault
 
 LAST = 258
 
@@ -49,8 +49,8 @@ def family(world: World, tmp_path: Path) -> tuple[Path, Path, Path]:
     return folders[0], folders[1], folders[2]
 
 
-def compare(base: Path | None, *experts: str | Path, **options: Any) -> list[Finding]:
-    return comparison_findings(
+def compare(base: Path | None, *experts: str | Path, **options: Any) -> list[Fault]:
+    return comparison_faults(
         opened(str(base)) if base else None,
         [opened(str(expert)) for expert in experts],
         **{"aligned": False, "access": ACCESS, **options},
@@ -61,10 +61,10 @@ def test_the_order_of_the_recipe_is_all_one(family: tuple[Path, Path, Path]) -> 
     base, one, two = family
     found = compare(base, two, one)
     assert found == compare(base, one, two)
-    assert [finding.severity for finding in found] == ["fault"]
+    assert [finding.level for finding in found] == ["check_error"]
     says(found[0].message, f"models {one} and {two}", "'<|one|>'", "'<|two|>'")
     assert compare(base, one, two, aligned=True) == []
-    assert [f.severity for f in compare(None, one, two)] == ["fault"]
+    assert [f.level for f in compare(None, one, two)] == ["check_error"]
 
 
 def test_rows_that_nobody_has_trained(family: tuple[Path, Path, Path]) -> None:
@@ -76,12 +76,12 @@ def test_rows_that_nobody_has_trained(family: tuple[Path, Path, Path]) -> None:
             tensors[name][LAST] = frozen[name][LAST]
         save_file(tensors, expert / "model.safetensors", metadata={"format": "pt"})
     [finding] = compare(base, one, two)
-    assert finding.severity == "warning"
+    assert finding.level == "warning"
     says(finding.message, "their rows are the same in both")
     tensors["lm_head.weight"][LAST, 0] += 1
     save_file(tensors, two / "model.safetensors", metadata={"format": "pt"})
     [finding] = compare(base, one, two)
-    assert finding.severity == "fault"
+    assert finding.level == "check_error"
 
 
 def test_tokens_without_a_row(family: tuple[Path, Path, Path]) -> None:
@@ -101,7 +101,7 @@ def test_a_tokenizer_that_cannot_be_loaded(family: tuple[Path, Path, Path]) -> N
     base, one, two = family
     (one / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1")
     [finding] = compare(base, one, two)
-    assert finding.severity == "warning"
+    assert finding.level == "warning"
     says(finding.message, f"model {one}: its tokens were not compared", "can't be loaded")
     (one / "tokenizer.json").unlink()
     (one / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["own.Own", null]}}')
@@ -121,7 +121,7 @@ def test_an_adapter_has_tokens_of_its_own(family: tuple[Path, Path, Path]) -> No
     # mergekit asks the adapter's model for the tokens.
     other = f"{base}+{adapter}"
     clash, advice = compare(base, other, two)
-    assert (clash.severity, advice.severity) == ("fault", "warning")
+    assert (clash.level, advice.level) == ("check_error", "warning")
     says(advice.message, f"model {other}", "merge the adapter into it", "save its tokenizer")
     assert compare(base, other, two, aligned=True) == [advice]
 
@@ -132,7 +132,7 @@ def test_nothing_is_compared_that_mergekit_cannot_plan(family: tuple[Path, Path,
     path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": None}))
     found = compare(base, one, two)
     [finding] = found
-    assert finding.severity == "error"
+    assert finding.level == "error"
     says(finding.message, "has no `architectures`")
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from commands import says
-from mergekit_obim.models.configs import architecture_finding, config_findings, head_findings
+from mergekit_obim.models.configs import architecture_fault, config_faults, head_faults
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0}
 GEMMA_ROPE = {
@@ -28,7 +28,7 @@ GEMMA_ROPE = {
 
 
 def findings(own: PretrainedConfig, base: PretrainedConfig) -> list[tuple[str, str]]:
-    return [(f.severity, f.message) for f in config_findings("expert", own, "base", base)]
+    return [(f.level, f.message) for f in config_faults("expert", own, "base", base)]
 
 
 def read(model_type: str, **written: Any) -> PretrainedConfig:
@@ -135,8 +135,8 @@ def test_configurations_that_mean_the_same(own: PretrainedConfig, base: Pretrain
 def test_what_is_a_matter_of_degree(
     own: PretrainedConfig, base: PretrainedConfig, words: tuple[str, ...]
 ) -> None:
-    [(severity, line)] = findings(own, base)
-    assert severity == "warning"
+    [(level, line)] = findings(own, base)
+    assert level == "warning"
     says(line, "model expert: its config has", *words, "the config of the base base")
     says(line, "try the merged model with either value in its config.json")
 
@@ -154,14 +154,14 @@ def test_what_is_a_matter_of_degree(
     ids=["activation", "heads", "bias"],
 )
 def test_what_makes_other_weights(changes: dict[str, Any], words: tuple[str, ...]) -> None:
-    [(severity, line)] = findings(LlamaConfig(**changes), LlamaConfig())
-    assert severity == "fault"
+    [(level, line)] = findings(LlamaConfig(**changes), LlamaConfig())
+    assert level == "check_error"
     says(line, *words, "its weights mean something else", "correct its config.json")
 
 
 def test_faults_and_warnings_are_told_apart() -> None:
     lines = findings(LlamaConfig(hidden_act="relu", rms_norm_eps=1.0), LlamaConfig())
-    assert [severity for severity, _ in lines] == ["fault", "warning"]
+    assert [level for level, _ in lines] == ["check_error", "warning"]
     assert "rms_norm_eps" not in lines[0][1]
     assert "hidden_act" not in lines[1][1]
 
@@ -173,8 +173,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def heads(*, tied: bool, **stored: set[str]) -> list[str]:
     config = LlamaConfig(architectures=["LlamaForCausalLM"], tie_word_embeddings=tied)
-    found = list(head_findings("base", config, stored))
-    assert all(finding.severity == "warning" for finding in found)
+    found = list(head_faults("base", config, stored))
+    assert all(finding.level == "warning" for finding in found)
     return [finding.message for finding in found]
 
 
@@ -205,7 +205,7 @@ def test_the_head_has_the_name_that_mergekit_knows() -> None:
         architectures=["InternLM2ForCausalLM"], tie_word_embeddings=True, num_hidden_layers=1
     )
     stored = {"base": {"model.tok_embeddings.weight"}, "one": {"output.weight"}}
-    [finding] = head_findings("base", config, stored)
+    [finding] = head_faults("base", config, stored)
     says(finding.message, "model one: has a output.weight of its own")
 
 
@@ -214,12 +214,12 @@ def test_the_head_has_the_name_that_mergekit_knows() -> None:
 
 def test_architectures() -> None:
     known = ["LlamaForCausalLM"]
-    assert architecture_finding("one", LlamaConfig(architectures=known), known) is None
-    finding = architecture_finding("one", LlamaConfig(), known)
+    assert architecture_fault("one", LlamaConfig(architectures=known), known) is None
+    finding = architecture_fault("one", LlamaConfig(), known)
     assert finding is not None
-    assert finding.severity == "error"
+    assert finding.level == "error"
     says(finding.message, "model one: its config.json has no `architectures`")
     says(finding.message, '"architectures": ["LlamaForCausalLM"]', "as the other models have")
-    two = architecture_finding("one", LlamaConfig(architectures=["A", "B"]), [])
+    two = architecture_fault("one", LlamaConfig(architectures=["A", "B"]), [])
     assert two is not None
     says(two.message, "lists 2 `architectures`", '["…ForCausalLM"]')

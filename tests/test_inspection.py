@@ -295,7 +295,7 @@ def test_every_architectures_checkpoint_is_traced(name: str, tmp_path: Path) -> 
         rest = {n: tensor for n, tensor in tensors.items() if n != gone}
         save_file(rest, tmp_path / "model.safetensors", metadata={"format": "pt"})
         found = list(completeness(opened(tmp_path), ACCESS, is_base=True, merging=True))
-        assert [f.severity for f in found] == ["error"], gone
+        assert [f.level for f in found] == ["error"], gone
         assert "has no tensor" in found[0].message
         # A few families are stored under other names than their modules have.
         assert gone.split(".", 2)[-1] in found[0].message
@@ -304,7 +304,7 @@ def test_every_architectures_checkpoint_is_traced(name: str, tmp_path: Path) -> 
 def test_tensors_of_the_base_that_are_dropped(math: Path) -> None:
     rewrite(math, lambda tensors: tensors.update({"mtp.norm.weight": torch.ones(16)}))
     (found,) = completeness(opened(math), ACCESS, is_base=True, merging=True)
-    assert found.severity == "warning"
+    assert found.level == "warning"
     says(found.message, "1 tensors of the base", "mtp.norm.weight")
 
 
@@ -334,7 +334,7 @@ LLAMA = transformers.LlamaConfig()
 )
 def test_quantised_by_its_tensors(name: str, dtype: str, shape: tuple[int, ...]) -> None:
     (found,) = quantised("m", LLAMA, {name: TensorHeader(dtype, shape, "f.safetensors")})
-    assert found.severity == "error"
+    assert found.level == "error"
     says(found.message, "model m: is quantised", name, "f.safetensors", dtype, "full-precision")
 
 

@@ -626,7 +626,7 @@ def test_fallbacks_are_warned_of_by_name(
         for norm in (n for n in family.base_tensors if "norm" in n):
             assert norm in warning
         assert "proj" not in warning
-    for method, shared, fate in (
+    for method, shared, outcome in (
         ("obim", {"assignment": "least_error"}, "chosen with h = 1 for every expert"),
         ("obim", {"assignment": "least_error", "unscored": "base"}, "left out of the choice"),
         ("regmean_diag", {}, "merged with h = 1 for every expert"),
@@ -640,7 +640,7 @@ def test_fallbacks_are_warned_of_by_name(
             merge(recipe(family, method=method, shared=shared), tmp_path / "out")
         told = [r.getMessage() for r in caplog.records if r.name == "mergekit_obim"]
         assert len(told) == 3
-        assert all(f"7 tensors without saliency, {fate}: " in warning for warning in told)
+        assert all(f"7 tensors without saliency, {outcome}: " in warning for warning in told)
     caplog.clear()
     no_norms = [{"filter": "norm", "value": "magnitude"}, {"value": "saliency"}]
     shared = {"saliency": str(family.factored), "criterion": no_norms}

@@ -15,7 +15,7 @@ from mergekit_obim.recipe import recipe_faults
 from mergekit_obim.recipe.edit import NoSuchPlaceError, added, removed, renamed, replaced
 from mergekit_obim.recipe.experts import find_experts
 from mergekit_obim.recipe.faults import Path as KeyPath
-from mergekit_obim.recipe.fix import mend, scale_densities, told
+from mergekit_obim.recipe.fix import change_lines, mend, scale_densities
 
 # --- the text ---------------------------------------------------------------------------------
 
@@ -116,7 +116,7 @@ def mended(text: str) -> tuple[str, str]:
             *find_experts(document).faults,
         ],
     )
-    return new, "\n".join(told(changes))
+    return new, "\n".join(change_lines(changes))
 
 
 HEAD = "merge_method: obim\nbase_model: b\n"
@@ -226,7 +226,7 @@ def test_a_misspelt_method() -> None:
 def test_densities_are_scaled_in_proportion(before: str, total: float, after: str) -> None:
     text, changes = scale_densities(HEAD + before, total)
     assert text == HEAD + after
-    says("\n".join(told(changes)), f"the densities summed to {total:g}")
+    says("\n".join(change_lines(changes)), f"the densities summed to {total:g}")
 
 
 # --- the command -----------------------------------------------------------------------------

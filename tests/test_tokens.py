@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from commands import says
 from mergekit_obim.models import tokens
-from mergekit_obim.models.tokens import is_spare, read_vocabulary, token_findings
+from mergekit_obim.models.tokens import is_spare, read_vocabulary, token_faults
 from tiny_tokenizers import byte_tokenizer
 
 WORDS = {"a": 0, "b": 1, "c": 2, "d": 3}
@@ -23,7 +23,7 @@ RESERVED = {**WORDS, "<|reserved_special_token_0|>": 4, "<|reserved_special_toke
 
 
 def findings(**vocabularies: dict[str, int]) -> list[tuple[str, str]]:
-    return [(f.severity, f.message) for f in token_findings(vocabularies, "base")]
+    return [(f.level, f.message) for f in token_faults(vocabularies, "base")]
 
 
 @pytest.mark.parametrize(
@@ -69,15 +69,15 @@ def test_what_can_be_mixed(vocabularies: dict[str, dict[str, int]]) -> None:
 
 
 def test_a_number_with_another_token_than_in_the_base() -> None:
-    [(severity, line)] = findings(base=WORDS, one={"a": 0, "b": 1, "<x>": 2, "d": 3}, two=WORDS)
-    assert severity == "fault"
+    [(level, line)] = findings(base=WORDS, one={"a": 0, "b": 1, "<x>": 2, "d": 3}, two=WORDS)
+    assert level == "check_error"
     says(line, "model one: number 2 is '<x>' in one, but 'c' in the base base", "source: union")
     assert "more" not in line
 
 
 def test_tokens_in_another_order() -> None:
-    [(severity, line)] = findings(base=WORDS, one={"b": 0, "a": 1, "d": 2, "c": 3})
-    assert severity == "fault"
+    [(level, line)] = findings(base=WORDS, one={"b": 0, "a": 1, "d": 2, "c": 3})
+    assert level == "check_error"
     says(line, "token 'b' has number 0 in one, but 1 in the base base", "(and 2 more)")
     says(line, "{source: base}", "{source: union}")
     [(_, line)] = findings(base=WORDS, one={"b": 0, "a": 1, "c": 2, "d": 3, "<own>": 4})
@@ -87,11 +87,11 @@ def test_tokens_in_another_order() -> None:
 
 def test_two_experts_with_tokens_of_their_own() -> None:
     lines = findings(base=WORDS, one={**WORDS, "<x>": 4, "<z>": 5}, two={**WORDS, "<y>": 4})
-    [(severity, line)] = lines
-    assert severity == "fault"
+    [(level, line)] = lines
+    assert level == "check_error"
     says(line, "models one and two: number 4 is '<x>' in one, but '<y>' in two", "source: union")
-    [(severity, line)] = findings(base=WORDS, one={**WORDS, "<x>": 4}, two={**WORDS, "<x>": 5})
-    assert severity == "fault"
+    [(level, line)] = findings(base=WORDS, one={**WORDS, "<x>": 4}, two={**WORDS, "<x>": 5})
+    assert level == "check_error"
     says(line, "token '<x>' has number 4 in one, but 5 in two")
     [(_, line)] = findings(one={**WORDS, "<x>": 4}, two={**WORDS, "<y>": 4})
     says(line, "copy the tokenizer of base into its folder, and add `tokenizer:")
@@ -106,13 +106,13 @@ def test_what_the_base_uses_is_told_beside_the_base_only() -> None:
 def test_a_reserved_token_that_is_used() -> None:
     used = {**RESERVED, "<think>": 4}
     del used["<|reserved_special_token_0|>"]
-    [(severity, line)] = findings(base=RESERVED, one=used, two=RESERVED)
-    assert severity == "warning"
+    [(level, line)] = findings(base=RESERVED, one=used, two=RESERVED)
+    assert level == "warning"
     says(line, "number 4 is '<think>' in one, but '<|reserved_special_token_0|>' in the base")
     says(line, "gets the base's tokenizer", "source: union")
     other = {("<tool>" if token == "<think>" else token): n for token, n in used.items()}
     lines = findings(base=RESERVED, one=used, two=other)
-    assert [severity for severity, _ in lines] == ["warning", "warning", "fault"]
+    assert [level for level, _ in lines] == ["warning", "warning", "check_error"]
     says(lines[2][1], "number 4 is '<think>' in one, but '<tool>' in two")
 
 
@@ -124,9 +124,9 @@ def test_rows_that_are_the_same_are_mixed_with_nothing() -> None:
         return False
 
     known = {"base": WORDS, "one": {**WORDS, "<x>": 4}, "two": {**WORDS, "<y>": 4}}
-    [finding] = token_findings(known, "base", same)
+    [finding] = token_faults(known, "base", same)
     assert asked == [("one", "two", {4})]
-    assert finding.severity == "warning"
+    assert finding.level == "warning"
     says(finding.message, "number 4", "their rows are the same in both", "the base's tokenizer")
 
 

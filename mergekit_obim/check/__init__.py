@@ -1,11 +1,12 @@
-"""What would go wrong with a recipe, all of it, before anything is loaded.
+"""``obim-saliency --check``: everything that would go wrong with a recipe, before the work begins.
 
-``adapters``  what its adapters are to their models
-``models``    what its models are to each other, and what the planner makes of them
-``estimate``  how much disk and memory it will take
+``adapters``  adapters that do not fit their models, and saliency that is out of date
+``models``    the models by themselves and beside the base, and the merge as it is planned
+``estimate``  the disk and memory that both commands will take
+``verdict``   the result, for people and as JSON
 
-The rules are those of who applies them: mergekit's planner with our planning in it, the
-pre-pass's own preparations, and a sample of the weights (``mergekit_obim.models.relation``).
+It has no rules of its own: it runs mergekit's planner with our checks in it, the pre-pass's own
+preparations, and the comparison of sampled weights (``mergekit_obim.models.weight_comparison``).
 """
 
 from __future__ import annotations
@@ -25,32 +26,38 @@ from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
 from mergekit_obim.check.adapters import check_adapters
 from mergekit_obim.check.estimate import merge_cost, prepass_cost
-from mergekit_obim.check.models import check_models, check_plan, experts_of
+from mergekit_obim.check.models import check_models, check_plan, expert_references
 from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.dry_run import read_recipe
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.inspection import Opened
 from mergekit_obim.models.opened import OpenModel
-from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import read_recipe
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault
 from mergekit_obim.recipe.calibration import is_here
 from mergekit_obim.recipe.document import parse
 from mergekit_obim.recipe.experts import Expert, Experts, find_experts, find_in_all
-from mergekit_obim.recipe.fix import mend, path_warnings, scale_densities, told
+from mergekit_obim.recipe.fix import change_lines, mend, path_warnings, scale_densities
 from mergekit_obim.recipe.keys import base_of
 
 
-def doubts(
+def weight_warnings(
     prepared: Collection[Prepared], base: ModelReference | None, opened: Opened
 ) -> Iterator[str]:
-    """What the pre-pass says of experts beside their base, if the base's weights are here."""
+    """Yield what the pre-pass warns of experts that do not look like fine-tunes of their base.
+
+    Args:
+        prepared: The experts that are about to be measured.
+        base: The base; nothing is yielded without one.
+        opened: The models on this machine; nothing is yielded if the base is not among them.
+    """
     if base is None or base not in opened.models:
         return
     experts = {one.expert.model: one.model.loader for one in prepared}
-    relation = relate(str(base), opened.models[base].loader, experts)
-    yield from relation.faults()
-    yield from relation.doubts()
+    compared = compare_weights(str(base), opened.models[base].loader, experts)
+    yield from compared.errors()
+    yield from compared.warnings()
 
 
 def fix(
@@ -81,7 +88,7 @@ def fix(
         text, more = scale_densities(text, verdict.densities)
         verdict = check(parse(text), out_dir, options, overrides, only)
         changes += more
-    verdict.changes = told(changes)
+    verdict.changes = change_lines(changes)
     return text, verdict
 
 
@@ -197,7 +204,7 @@ def _estimate(
         return
     shapes = {name: list(header.shape) for name, header in model.headers.items()}
     stored = next(tensor.dtype for tensor in map(model.load, shapes) if tensor.is_floating_point())
-    experts = len(experts_of(config))
+    experts = len(expert_references(config))
     if to_measure:
         asked = {e.calibration.dtype for e in to_measure}
         verdict.cost["obim-saliency"] = prepass_cost(

@@ -12,7 +12,7 @@ from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.check.verdict import Verdict
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.saliency import saliency_of
-from mergekit_obim.models.adapters import check_adapter, doubts, look_up
+from mergekit_obim.models.adapters import adapter_warnings, check_adapter, look_up
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.saliency.file import SaliencyFile, saliency_file_name
 from mergekit_obim.saliency.locate import check_measured_on
@@ -36,9 +36,9 @@ def check_adapters(
             continue
         try:
             there = look_up(reference, options.lora_merge_cache)
-            if there.lacking:
+            if there.rebuild_reason:
                 check_adapter(reference)
-            verdict.warnings += doubts(reference)
+            verdict.warnings += adapter_warnings(reference)
         except ObimError as error:
             verdict.errors.append(error.message)
             continue
@@ -48,7 +48,7 @@ def check_adapters(
         if file and _was_measured_on(file, reference, there.folder):
             verdict.errors.append(
                 f"{file.path} was measured on other weights than model {reference} has: "
-                f"{there.lacking}; measure this model with `obim-saliency RECIPE OUT_DIR "
+                f"{there.rebuild_reason}; measure this model with `obim-saliency RECIPE OUT_DIR "
                 "--overwrite`"
             )
 

@@ -11,6 +11,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.dry_run import plan_and_collect
 from mergekit_obim.errors import (
     ObimError,
     SaliencyFileError,
@@ -23,12 +24,11 @@ from mergekit_obim.models.inspection import (
     is_aligned,
     open_models,
 )
-from mergekit_obim.models.relation import relate
-from mergekit_obim.planned import look_through
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe.faults import fold
 
 
-def experts_of(config: MergeConfiguration) -> list[ModelReference]:
+def expert_references(config: MergeConfiguration) -> list[ModelReference]:
     return sorted((m for m in config.referenced_models() if m != config.base_model), key=str)
 
 
@@ -53,12 +53,12 @@ def check_models(
     for reference, reason in opened.absent.items():
         verdict.warnings.append(f"model {reference}: {reason}: its weights were not looked at")
         try:
-            verdict.note(inspect_absent(reference, options))
+            verdict.add(inspect_absent(reference, options))
         except ObimError as error:
             verdict.errors.append(error.message)
-    verdict.note(opened.findings)
+    verdict.add(opened.faults)
     base = config.base_model
-    verdict.note(inspect_models(opened.models, base, options, aligned=is_aligned(config)))
+    verdict.add(inspect_models(opened.models, base, options, aligned=is_aligned(config)))
     if base is None or base not in opened.readable:
         return opened
     start = opened.readable[base]
@@ -68,11 +68,11 @@ def check_models(
         if reference != base and model.config.architectures == start.config.architectures
     }
     if alike:
-        relation = relate(str(base), start.loader, alike)
-        verdict.errors += relation.faults()
-        verdict.warnings += relation.doubts()
-        verdict.distances = relation.sizes()
-        verdict.cosines = relation.cosines()
+        compared = compare_weights(str(base), start.loader, alike)
+        verdict.errors += compared.errors()
+        verdict.warnings += compared.warnings()
+        verdict.distances = compared.sizes()
+        verdict.cosines = compared.cosines()
     return opened
 
 
@@ -93,7 +93,7 @@ def check_plan(
         lora_merge_cache=options.lora_merge_cache,
         trust_remote_code=options.trust_remote_code,
     )
-    _, found = look_through(config, merging)
+    _, found = plan_and_collect(config, merging)
     missing = []
     for fault in fold(found.tensors):
         if fault.kind == "plan" and verdict.errors:
@@ -109,6 +109,6 @@ def check_plan(
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
-    for (model, fate), tensors in found.fallbacks.found.items():
-        verdict.fallbacks.append({"model": model, "fate": fate, "tensors": tensors})
+    for (model, outcome), tensors in found.fallbacks.found.items():
+        verdict.fallbacks.append({"model": model, "outcome": outcome, "tensors": tensors})
     return missing

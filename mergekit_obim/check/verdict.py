@@ -1,4 +1,4 @@
-"""What a check found, for people and for machines."""
+"""The result of ``--check``, as text for people and as JSON for programs."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergekit_obim.check.estimate import Cost
-from mergekit_obim.models.findings import Finding
 from mergekit_obim.recipe.faults import Fault, fold
 
 
 @dataclass
 class Verdict:
-    """What a check found.
+    """The result of a check.
 
     Attributes:
-        errors: What makes one of the commands fail, or its result pointless; a line each.
-        warnings: What is unusual, or was not looked at.
-        fallbacks: Tensors that have no saliency: model, what becomes of them, tensors with why.
+        errors: One line for each reason why one of the commands would fail, or its result would
+            be pointless.
+        warnings: One line for everything that is unusual, or could not be looked at.
+        fallbacks: The tensors without saliency, grouped by ``model`` and ``outcome`` (what the
+            merge does with them instead); ``tensors`` maps their names to the reason.
         distances: ‖δ‖ / ‖θ_B‖ of each expert, from a sample of the matrices.
-        cosines: Of each two experts' task vectors, from the same sample.
-        cost: Of both commands, as far as it can be said.
-        changes: What `--fix` put right in the recipe that was checked, and why; a line each.
-        densities: The most that one tensor's densities sum to, where that is over 1.
+        cosines: The cosine of each pair of task vectors, from the same sample.
+        cost: What each of the two commands will cost, as far as it can be estimated.
+        changes: One line for each thing that `--fix` corrected in the recipe, with the reason.
+        densities: The largest sum of one tensor's densities, if any sum is over 1.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -38,20 +39,14 @@ class Verdict:
     densities: float | None = None
 
     def add(self, faults: Iterable[Fault]) -> None:
-        """Tell of faults, those of many tensors once."""
+        """Add faults; the same fault of many tensors becomes one line."""
         for fault in fold(faults):
             if fault.kind == "densities":
                 self.densities = fault.amount
-            (self.errors if fault.level == "error" else self.warnings).append(str(fault))
-
-    def note(self, findings: Iterable[Finding]) -> None:
-        """Add what was found of models."""
-        for finding in findings:
-            lines = self.warnings if finding.severity == "warning" else self.errors
-            lines.append(finding.message)
+            (self.warnings if fault.level == "warning" else self.errors).append(str(fault))
 
     def absorb(self, other: Verdict, label: str) -> None:
-        """Add what was found of another recipe of the same file, each line after its label."""
+        """Add the verdict on another recipe of the same file, with a label before each line."""
         prefix = f"{label}: " if label else ""
         self.errors += [prefix + line for line in other.errors]
         self.warnings += [prefix + line for line in other.warnings]
@@ -64,13 +59,13 @@ class Verdict:
         self.densities = other.densities
 
     def to_json(self) -> str:
-        """For machines: also whether it is all right."""
-        told = {"ok": not self.errors, **asdict(self)}
-        del told["densities"]  # which an error tells of
-        return json.dumps(told, indent=2)
+        """Return the result as JSON for programs; ``ok`` says whether there are no errors."""
+        content = {"ok": not self.errors, **asdict(self)}
+        del content["densities"]  # for `--fix` alone: an error has the number too
+        return json.dumps(content, indent=2)
 
     def lines(self) -> list[str]:
-        """For people: a line each."""
+        """Return the result for people, as lines of text that end with the number of errors."""
         lines = [f"Changed: {line}" for line in self.changes]
         lines += [f"Error: {line}" for line in self.errors]
         lines += [f"Warning: {line}" for line in self.warnings]
@@ -79,7 +74,7 @@ class Verdict:
                 names = [name for name, why in fallback["tensors"].items() if why == reason]
                 lines.append(
                     f"Without saliency: model {fallback['model']}: {count} tensor"
-                    f"{'s' * (count > 1)}, {fallback['fate']}, as {reason}: {', '.join(names)}"
+                    f"{'s' * (count > 1)}, {fallback['outcome']}, as {reason}: {', '.join(names)}"
                 )
         for command, cost in self.cost.items():
             lines.append(

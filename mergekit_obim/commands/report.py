@@ -46,7 +46,7 @@ def card(merged: Path, recipe: Path | None, no_shares: bool, **options: Any) -> 
     content = read_document(path).content
     merging = merge_options(options)
 
-    from mergekit_obim.planned import read_config
+    from mergekit_obim.dry_run import read_config
     from mergekit_obim.report.card import write_section
 
     source = path.read_text(encoding="utf-8")
@@ -80,7 +80,7 @@ def report(
     content = read_document(recipe).content
     merging = merge_options(options)
 
-    from mergekit_obim.planned import read_config
+    from mergekit_obim.dry_run import read_config
     from mergekit_obim.report.gather import gather
     from mergekit_obim.report.summary import summarize
     from mergekit_obim.saliency.file import write_text

@@ -257,7 +257,7 @@ def _measure(
     from mergekit_obim import check as checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
-    from mergekit_obim.planned import read_recipe
+    from mergekit_obim.dry_run import read_recipe
 
     ranks = ranks or Ranks()
     run_options = _run_options(documents[0].content, options, ranks.local)
@@ -290,8 +290,8 @@ def _measure(
             ranks=ranks,
         )
         prepared = ranks.local_first(partial(list[Prepared], map(prepare, experts.measured)))
-        for doubt in checking.doubts(prepared, base, opened) if ranks.first else ():
-            click.echo(f"Warning: {doubt}", err=True)
+        for warning in checking.weight_warnings(prepared, base, opened) if ranks.first else ():
+            click.echo(f"Warning: {warning}", err=True)
         jobs += [(one, own) for one in prepared]
     for number, (one, own) in enumerate(jobs, 1):
         measured = measure(one, own, ranks)
@@ -357,14 +357,14 @@ def _inspected(
     for expert in experts:
         reference = ModelReference.model_validate(expert.reference)
         opened.models[reference] = open_model(reference, options)
-    found = list(opened.findings)
+    found = list(opened.faults)
     found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it
             found += inspect_absent(base, options)
     errors = []
     for finding in found:
-        if finding.severity == "error":
+        if finding.level == "error":
             errors.append(finding.message)
         elif ranks.first:
             click.echo(f"Warning: {finding.message}", err=True)

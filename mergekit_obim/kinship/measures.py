@@ -18,7 +18,7 @@ from tqdm import tqdm
 from mergekit_obim.errors import CheckpointError, RecipeError, UnscorableError
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
-from mergekit_obim.models.checkpoint import Skim
+from mergekit_obim.models.checkpoint import StreamingReader
 from mergekit_obim.models.files import read_headers
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.models.opened import open_checkpoint
@@ -96,7 +96,9 @@ def measure(models: Sequence[str], base: str, options: MergeOptions) -> Kinship:
     if line := written_in_two_ways([*models, base]):
         raise RecipeError(line)
     found = Kinship(base, list(models), Moments.zero(len(models)))
-    start, *experts = (Skim(_open(model, options), of=len(models) + 1) for model in (base, *models))
+    start, *experts = (
+        StreamingReader(_open(model, options), of=len(models) + 1) for model in (base, *models)
+    )
     names = start.loader.index.tensor_paths
     # Every block is one small matrix product. Two threads took ten times as long over it as one.
     with one_thread():

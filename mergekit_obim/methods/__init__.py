@@ -2,7 +2,6 @@
 
 ``parameters``      what a recipe may say
 ``saliency``        an expert's stored saliency, fit to the merged tensor
-``names``           the names of a weight in an expert's checkpoint
 ``preflight``       inspecting the models before mergekit opens them
 ``planning``        finding everything that can be wrong before a tensor is merged
 ``vocabulary``      the rows that tokenizer options move

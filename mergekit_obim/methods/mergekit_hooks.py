@@ -36,12 +36,11 @@ from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import BatchOptions, TensorGroup
 
 from mergekit_obim.errors import ObimError, RecipeError, one_line
-from mergekit_obim.methods.names import scored_names, stored_name
 from mergekit_obim.methods.planning import (
     UNWARNED,
-    Findings,
     PlannedInput,
     PlannedMethod,
+    PlanReport,
     is_planned,
     plan_in_memory,
     plan_tensor,
@@ -51,8 +50,9 @@ from mergekit_obim.methods.planning import (
 from mergekit_obim.methods.preflight import inspect_files, inspect_recipe, written
 from mergekit_obim.methods.vocabulary import vocabulary_rows
 from mergekit_obim.models.adapters import trust_by_content
+from mergekit_obim.models.checkpoint import scored_names, stored_name
 from mergekit_obim.models.layers import layer_indices
-from mergekit_obim.models.relation import relate
+from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors, setting_path
 from mergekit_obim.saliency.file import SaliencyFile
@@ -148,11 +148,11 @@ def _checked_plan_module(original: Any) -> Any:
             original(planner, module_name, definition)
             return
         # Of every module, as an error is to tell of all of them: kept where the tensors are.
-        found = vars(planner).setdefault("obim_findings", Findings())
+        found = vars(planner).setdefault("obim_report", PlanReport())
         plan_module_checked(planner, module_name, found)
         if module_name == list(planner.config.modules)[-1]:
             found.conclude()
-            _warn_of_strangers(planner._tensors)
+            _warn_of_unrelated_experts(planner._tensors)
 
     return plan_module
 
@@ -162,7 +162,7 @@ def plans_ours(planner: Any) -> bool:
     return isinstance(planner._method, PlannedMethod)
 
 
-def plan_module_checked(planner: Any, module_name: str, found: Findings) -> None:
+def plan_module_checked(planner: Any, module_name: str, found: PlanReport) -> None:
     """Plan one module of a recipe for one of our methods, and note what is wrong.
 
     Args:
@@ -219,7 +219,7 @@ def _without(config: Any, faults: Iterable[Fault]) -> Any:
 
 
 def _plan_tasks(
-    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: Findings
+    method: PlannedMethod, planned: Sequence[tuple[Any, Any]], found: PlanReport
 ) -> list[tuple[Any, Any]]:
     from mergekit.io.tasks import LoaderCache
 
@@ -263,8 +263,8 @@ def _plan_tasks(
     return result
 
 
-def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
-    """Say which experts do not look like fine-tunes of their base; see ``relation``."""
+def _warn_of_unrelated_experts(planned: Sequence[tuple[Any, Any]]) -> None:
+    """Warn of experts that do not look like fine-tunes of their base."""
     from mergekit.io.tasks import LoaderCache
 
     families: dict[ModelReference, dict[str, LazyTensorLoader]] = defaultdict(dict)
@@ -273,8 +273,8 @@ def _warn_of_strangers(planned: Sequence[tuple[Any, Any]]) -> None:
             if model != task.base_model:
                 families[task.base_model][str(model)] = LoaderCache().get(model)
     for base, experts in families.items():
-        relation = relate(str(base), LoaderCache().get(base), experts)
-        for line in (*relation.faults(), *relation.doubts()):
+        compared = compare_weights(str(base), LoaderCache().get(base), experts)
+        for line in (*compared.errors(), *compared.warnings()):
             LOG.warning(line)
 
 
@@ -292,13 +292,13 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
             for entry in (content, *content["models"]):
                 key = "base_model" if entry is content else "model"
                 entry |= {key: {"model": {"path": entry[key]}}} if key in entry else {}
-            Findings(list(recipe_faults(Document(content), registry()))).conclude()
+            PlanReport(list(recipe_faults(Document(content), registry()))).conclude()
             checked[0] = config
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod) or not method.reads_saliency:
             return shared, per_input
         loaders = module.SimpleLoaderCache().loaders
-        inputs, found = [], Findings(fallbacks=UNWARNED)
+        inputs, found = [], PlanReport(fallbacks=UNWARNED)
         for model, parameters in per_input.items():
             loader = loaders.get(model.model.path)
             if loader is None or model.model.path == config.base_model:

@@ -106,35 +106,36 @@ class PlannedMethod(GroupMergeMethod):
 
 @dataclass
 class Fallbacks:
-    """Tensors without a saliency, to be named in one warning per model and what becomes of them.
+    """The tensors without saliency, collected so that one warning per model names them all.
 
     Attributes:
-        found: By the model and what becomes of them, the tensors' names, and why there is none.
+        found: (model, what the merge does with them instead) -> tensor name -> why it has none.
     """
 
     found: dict[tuple[str, str], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
 
     def warn(self) -> None:
-        for (model, what), names in self.found.items():
+        """Log the warnings, and forget the tensors."""
+        for (model, outcome), names in self.found.items():
             LOG.warning(
                 "model %s: %d tensor%s without saliency, %s: %s",
                 model,
                 len(names),
                 "" if len(names) == 1 else "s",
-                what,
+                outcome,
                 ", ".join(names),
             )
         self.found.clear()
 
 
 @dataclass
-class Findings:
-    """What planning found.
+class PlanReport:
+    """Everything that was found while a merge was planned.
 
     Attributes:
-        recipe: What is wrong with the recipe as it is written.
-        tensors: What is wrong with models, saliency files and the parameters of single tensors.
-        fallbacks: Tensors without saliency.
+        recipe: Faults of the recipe as it is written.
+        tensors: Faults of models, saliency files and the parameters of single tensors.
+        fallbacks: The tensors without saliency.
     """
 
     recipe: list[Fault] = field(default_factory=list)
@@ -143,17 +144,18 @@ class Findings:
 
     @property
     def errors(self) -> list[Fault]:
+        """The faults that stop the merge."""
         return errors_of([*self.recipe, *self.tensors])
 
     def add(self, error: ObimError, kind: Kind, tensor: str | None = None) -> None:
-        """Note what something refused."""
+        """Add an error that was raised, as a fault."""
         self.tensors.append(fault_of(error, kind, tensor))
 
     def conclude(self) -> None:
-        """Raise all errors as one, or else warn of what is no error.
+        """Raise all errors as one; without any, log the warnings.
 
         Raises:
-            ObimError: There are errors.
+            ObimError: There are errors; the message lists them all.
         """
         raise_errors([*self.recipe, *self.tensors])
         for fault in warnings_of(self.recipe):
@@ -170,11 +172,11 @@ def plan_tensor(
     output: str | None,
     inputs: Sequence[PlannedInput],
     parameters: Mapping[str, Any],
-    found: Findings,
+    found: PlanReport,
 ) -> dict[Hashable, str]:
     """Check one tensor's parameters and saliency; returns the name to look each expert up by."""
     found.tensors += method.check_tensor(output, inputs, parameters)
-    fate = method.fallback(parameters["unscored"], parameters)
+    outcome = method.fallback(parameters["unscored"], parameters)
     chosen = {}
     for i in inputs:
         chosen[i.model] = i.names[0]
@@ -191,7 +193,7 @@ def plan_tensor(
                 unscored = file.metadata.unscored
                 reasons = [unscored[name] for name in i.names if name in unscored]
                 reason = reasons[0] if reasons else "its saliency file has no entry for it"
-                found.fallbacks.found[str(i.model), fate][i.names[0]] = reason
+                found.fallbacks.found[str(i.model), outcome][i.names[0]] = reason
         except ObimError as error:
             found.add(error, "saliency", i.names[0])
     return chosen
@@ -204,7 +206,7 @@ def plan_in_memory(
 ) -> list[dict[str, Any]]:
     """What the planners do, for mergekit's Python API."""
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
-    found = Findings()
+    found = PlanReport()
     planned = []
     for group, values in zip(groups, parameters, strict=True):
         name = group.metadata.name
@@ -250,7 +252,7 @@ def verified_once(
     loader: LazyTensorLoader,
     model: ModelReference,
     parameters: Mapping[str, Any],
-    found: Findings,
+    found: PlanReport,
 ) -> bool:
     """Whether an expert's saliency file is there and of its weights; noted if it is not."""
     if parameters["criterion"] != "saliency":

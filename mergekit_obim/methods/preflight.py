@@ -17,8 +17,8 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
-from mergekit_obim.errors import CheckpointError, ObimError
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.errors import ObimError
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors
 from mergekit_obim.recipe.fix import path_warnings
@@ -37,14 +37,14 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
 
-    findings: list[Finding] = []
+    faults: list[Fault] = []
     models = {}
     for reference in sorted(config.referenced_models(), key=str):
         try:
             models[reference] = open_model(reference, options)
         except ObimError as error:
-            findings.append(Finding("error", error.message))
-    findings += inspect_models(
+            faults.append(model_fault("error", error.message))
+    faults += inspect_models(
         models,
         config.base_model,
         options,
@@ -53,8 +53,8 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
     )
     document = Document(written(config))
     if options.write_model_card:
-        findings += [Finding("warning", str(fault)) for fault in path_warnings(document)]
-    errors = _warn(findings)
+        faults += path_warnings(document)
+    errors = _warn(faults)
     if errors:
         # Else the planner tells what is wrong with the recipe, and with single tensors.
         raise_errors([*recipe_faults(document, registry()), *errors])
@@ -68,11 +68,11 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     Raises:
         CheckpointError: Some cannot; the message names them all, and what to do.
     """
-    from mergekit_obim.models.comparison import comparison_findings
+    from mergekit_obim.models.comparison import comparison_faults
     from mergekit_obim.models.opened import inspect_file, open_model
 
     paths = [model.model.path for model in models]
-    raise_errors(_warn(finding for path in paths for finding in inspect_file(path)))
+    raise_errors(_warn(fault for path in paths for fault in inspect_file(path)))
     opened = {}
     options = MergeOptions()
     for path in paths:
@@ -82,27 +82,27 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
             if len(model.config.architectures or ()) == 1:
                 opened[path] = model
     start = opened.pop(str(base), None)
-    findings = comparison_findings(start, list(opened.values()), aligned=False, access=options)
+    faults = comparison_faults(start, list(opened.values()), aligned=False, access=options)
     # Its recipes have no tokenizer option, and what they have is ignored.
     raise_errors(
         _warn(
             replace(
-                finding,
-                message=finding.message.replace("to the recipe", "to a recipe for mergekit-yaml"),
+                fault,
+                message=fault.message.replace("to the recipe", "to a recipe for mergekit-yaml"),
             )
-            for finding in findings
+            for fault in faults
         )
     )
 
 
-def _warn(findings: Iterable[Finding]) -> list[Fault]:
+def _warn(faults: Iterable[Fault]) -> list[Fault]:
     """Log what does not stop a merge; return what does."""
     errors = []
-    for finding in findings:
-        if finding.severity == "error":
-            errors.append(Fault("model", finding.message, error=CheckpointError))
+    for fault in faults:
+        if fault.level == "error":
+            errors.append(fault)
         else:
-            LOG.warning(finding.message)
+            LOG.warning(str(fault))
     return errors
 
 

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
-from mergekit_obim.methods.names import stored_name
 from mergekit_obim.methods.planning import PlannedInput
 from mergekit_obim.methods.saliency import saliency_of
-from mergekit_obim.models.checkpoint import tensor_of
+from mergekit_obim.models.checkpoint import stored_name, tensor_of
 
 
 @dataclass(frozen=True)

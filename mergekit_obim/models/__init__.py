@@ -1,1 +1,1 @@
-"""Model checkpoints: reading them, the names of their weights, and how models relate."""
+"""Model checkpoints: reading them, the names of their weights, and comparing models."""

@@ -1,4 +1,4 @@
-"""Adapters merged into their models: what is kept of them is trusted by what it was made from.
+"""Merging adapters into their models, with a cache that is checked by content.
 
 A recipe's ``model+adapter`` is merged once, into a folder of ``--lora-merge-cache``, and read from
 there by both commands. mergekit takes any folder of that name for the merged model: also the empty
@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from safetensors import safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
 from mergekit_obim.errors import AdapterError, ObimError, quoted
+from mergekit_obim.models.files import file_headers
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.recipe.references import identity
 from mergekit_obim.saliency.file import PUBLISHED_NAME
@@ -42,6 +43,7 @@ LOG = logging.getLogger("mergekit_obim")
 RECORD = "obim_merged_from.json"
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")  # in the order that peft looks
+ADAPTER_FILES = (_CONFIG, *_WEIGHTS)
 _merge_by_mergekit = ModelReference.merged
 
 Shapes = dict[str, tuple[int, ...]]
@@ -49,21 +51,23 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class MergedAdapter:
-    """The place of a merged adapter, and whether what is there can be used.
+    """The cached result of merging an adapter into its model, and whether it can be used.
 
     Attributes:
-        folder: Where mergekit looks for it.
-        lacking: Why it has to be made, or made anew; None if it can be used as it is.
-        changed: It is whole and was made by us, but its adapter or its model is another now.
+        folder: The folder in which mergekit looks for the merged model.
+        rebuild_reason: Why the adapter has to be merged, or merged again; None if the folder can
+            be used as it is.
+        changed: Whether the folder is complete and made by us, but from another adapter or model
+            than there is now.
     """
 
     folder: Path
-    lacking: str | None = None
+    rebuild_reason: str | None = None
     changed: bool = False
 
 
 def trust_by_content() -> None:
-    """Have mergekit find and make merged adapters by :func:`merged`, in this process."""
+    """Make mergekit use :func:`merged` for every adapter, in this process."""
     ModelReference.merged = merged  # type: ignore[assignment, method-assign]
 
 
@@ -73,18 +77,18 @@ def merged(
     trust_remote_code: bool = False,
     lora_merge_dtype: str | None = None,
 ) -> ModelReference:
-    """Give a model with its adapter merged in, which is made first if it is not there.
+    """Return a model with its adapter merged in, merging it first if the cache lacks it.
 
     Args:
-        reference: A model. One without an adapter comes back as it is.
+        reference: A model. Without an adapter it is returned as it is.
         cache_dir: The folder of merged adapters.
         trust_remote_code: Whether code that comes with the model may run.
-        lora_merge_dtype: The dtype to merge in; None is the model's own. A merged adapter that is
-            there is used whatever its dtype.
+        lora_merge_dtype: The dtype to merge in; None means the model's own. A cached result is
+            used whatever its dtype.
 
     Raises:
-        AdapterError: The adapter cannot be merged into this model, of which nothing is left then,
-            or there is no folder for the result.
+        AdapterError: The adapter cannot be merged into this model, or there is no folder for the
+            result. A failed merge leaves nothing behind.
     """
     if not reference.lora:
         return reference
@@ -94,12 +98,12 @@ def merged(
             "--lora-merge-cache DIR, and the same to mergekit-yaml"
         )
     there = look_up(reference, cache_dir)
-    if there.lacking:
+    if there.rebuild_reason:
         check_adapter(reference)
         with _in_one_line(reference), _locked(there.folder):
             # Another process may have made it while this one waited.
             there = look_up(reference, cache_dir)
-            if there.lacking:
+            if there.rebuild_reason:
                 _make(reference, there, trust_remote_code, lora_merge_dtype)
     return ModelReference(model=ModelPath(path=str(there.folder)))
 
@@ -118,7 +122,7 @@ def _in_one_line(reference: ModelReference) -> Iterator[None]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Be the only process that makes this folder."""
+    """Hold the lock of a merged adapter's folder, so that one process at a time makes it."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     with FileLock(lock):
@@ -131,9 +135,9 @@ def _locked(folder: Path) -> Iterator[None]:
 
 
 def look_up(reference: ModelReference, cache_dir: str) -> MergedAdapter:
-    """Find whether a merged adapter is there, whole, and made of what its parts are now.
+    """Find out whether the cache has an adapter merged, completely and from the present files.
 
-    Reads the adapter whole and of the model a sample, so it takes seconds even for large models.
+    The adapter is read whole and the model by a sample, which takes seconds for large models too.
 
     Raises:
         AdapterError: The adapter or its model cannot be read.
@@ -165,13 +169,13 @@ def _make(
     trust_remote_code: bool,
     lora_merge_dtype: str | None,
 ) -> None:
-    """Merge aside, and put what was made in its place. The caller holds the lock."""
+    """Merge in a temporary folder and move the result into place; the caller holds the lock."""
     folder = there.folder
     # Whoever began these held the lock, and has ended since.
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
         shutil.rmtree(left, ignore_errors=True)
     if os.path.lexists(folder):
-        LOG.warning("model %s: %s: merging it anew", reference, there.lacking)
+        LOG.warning("model %s: %s: merging it anew", reference, there.rebuild_reason)
     made_from = _made_from(reference)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:
@@ -198,15 +202,16 @@ def _make(
 
 
 def check_adapter(reference: ModelReference) -> None:
-    """Find why an adapter cannot be merged into its model, from the headers of their files.
+    """Check by the headers of the files alone that an adapter can be merged into its model.
 
     Raises:
-        AdapterError: It cannot be. What only merging can find goes unseen here.
+        AdapterError: It cannot be. There are errors that only the merge itself can find.
     """
     with _in_one_line(reference):
         config, weights = _adapter_files(reference)
         kind = json.loads(config.read_text(encoding="utf-8"))
-        misfit = _misfit(_shapes(weights), _model_shapes(reference.model))
+        folder = Path(reference.model.path)  # a model on the Hub has no files here yet
+        misfit = _misfit(_shapes([weights]), _shapes(_model_files(folder)))
     if "num_virtual_tokens" in kind:
         raise AdapterError(
             f"model {reference}: the adapter is of the kind {kind.get('peft_type')}, which changes "
@@ -225,8 +230,8 @@ def check_adapter(reference: ModelReference) -> None:
         )
 
 
-def doubts(reference: ModelReference) -> Iterator[str]:
-    """Yield a line if an adapter says that it was trained on another model than it is given."""
+def adapter_warnings(reference: ModelReference) -> Iterator[str]:
+    """Yield a warning if an adapter's configuration says that it was trained on another model."""
     with _in_one_line(reference):
         config, _ = _adapter_files(reference)
         trained_on = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
@@ -247,7 +252,7 @@ def doubts(reference: ModelReference) -> Iterator[str]:
 
 
 def _misfit(adapter: Shapes, model: Shapes) -> str | None:
-    """Say which of an adapter's tensors does not fit the model, if one does not.
+    """Return which of an adapter's tensors does not fit the model; None if all do.
 
     Only names that the model's files have too are compared: transformers may rename the others.
     """
@@ -257,7 +262,7 @@ def _misfit(adapter: Shapes, model: Shapes) -> str | None:
         name = key.removeprefix("base_model.model.")
         block = block_of(name)
         if block and block[0] in stacks and block not in blocks:
-            return f"the adapter changes {block[0]}.{block[1]}, which the model has not"
+            return f"the adapter changes {block[0]}.{block[1]}, which the model does not have"
         for kept_apart in (".modules_to_save.", ".original_module.", ".base_layer."):
             name = name.replace(kept_apart, ".")
         own = model.get(name)
@@ -279,7 +284,7 @@ def _misfit(adapter: Shapes, model: Shapes) -> str | None:
 
 
 def _adapter_files(reference: ModelReference) -> tuple[Path, Path]:
-    """An adapter's configuration and weights, from its folder or its repository."""
+    """Find an adapter's configuration and weights, in its folder or its repository."""
     lora = reference.lora
     assert lora is not None
     if os.path.isdir(lora.path):
@@ -296,14 +301,14 @@ def _adapter_files(reference: ModelReference) -> tuple[Path, Path]:
     if _CONFIG not in found or weights is None:
         wanted = _CONFIG if _CONFIG not in found else " or ".join(_WEIGHTS)
         raise AdapterError(
-            f"model {reference}: {lora} has no {wanted}: it is no adapter as peft saves it; name "
-            "the folder that holds one, or leave +… out if it is a whole model"
+            f"model {reference}: {lora} has no {wanted}: it is not an adapter as peft saves it; "
+            "name the folder that holds one, or leave +… out if it is a whole model"
         )
     return found[_CONFIG], weights
 
 
 def _made_from(reference: ModelReference) -> dict[str, str]:
-    """Digests of an adapter and of its model, by what to call them."""
+    """Return digests of an adapter and of its model, by their names in messages."""
     adapter = hashlib.sha256()
     for path in _adapter_files(reference):
         with path.open("rb") as file:
@@ -312,7 +317,8 @@ def _made_from(reference: ModelReference) -> dict[str, str]:
     model: list[Any] = [reference.override_architecture]
     folder = Path(reference.model.path)
     if folder.is_dir():
-        # The sample finds what keeps size and time; these, what lies between the sampled places.
+        # A file changed in place may keep its size and time: the sample finds that. Changes between
+        # the sampled values change the file's time.
         stats = [(path.name, path.stat()) for path in _model_files(folder)]
         model += [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
         model += [(folder / "config.json").read_text(encoding="utf-8"), _sample_of(folder)]
@@ -326,7 +332,7 @@ def _made_from(reference: ModelReference) -> dict[str, str]:
 
 
 def _sample_of(folder: Path) -> str:
-    """A digest of a few bytes of each of a model's tensors; ``.bin`` files would be read whole."""
+    """Return a digest of a few bytes of each tensor; not of ``.bin`` files, which load whole."""
     digest = hashlib.sha256()
     for path in _model_files(folder):
         if path.suffix != ".safetensors":
@@ -340,28 +346,22 @@ def _sample_of(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _model_shapes(model: ModelPath) -> Shapes:
-    folder = Path(model.path)
-    files = _model_files(folder) if folder.is_dir() else []
-    return {name: shape for path in files for name, shape in _shapes(path).items()}
-
-
 def _model_files(folder: Path) -> list[Path]:
-    """The files of weights in a model's folder, without what may lie beside them."""
+    """List a model's weight files, without adapters and saliency files in the same folder."""
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     return sorted(path for path in files if path.name not in (*_WEIGHTS, PUBLISHED_NAME))
 
 
-def _shapes(path: Path) -> Shapes:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in sorted(file.keys())}
-    stored: Mapping[str, torch.Tensor] = torch.load(path, map_location="meta", weights_only=True)
-    return {name: tuple(tensor.shape) for name, tensor in stored.items()}
+def _shapes(files: Iterable[Path]) -> Shapes:
+    return {
+        name: header.shape
+        for path in files
+        for name, header in sorted(file_headers(path, path.name).items())
+    }
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Every file in a merged adapter's folder but the record itself, and its size in bytes."""
+    """Return the size in bytes of every file in a merged adapter's folder except the record."""
     return {
         path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.name != RECORD
     }

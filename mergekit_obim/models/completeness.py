@@ -1,7 +1,7 @@
-"""Whether a checkpoint has every tensor that its model, and mergekit's plan of it, consists of.
+"""Whether a checkpoint has every tensor of its model, and of mergekit's definition of the model.
 
-transformers fills what is missing at random, and mergekit reads an embedding for a head that is
-not there: both in silence, or nearly so. The model is built without memory (on torch's meta
+transformers initialises missing parameters at random, and mergekit takes the embeddings for a
+missing head, both with a log message at most. The model is built without memory (on torch's meta
 device), and its parameters are traced back to stored tensors by transformers' own rules for
 loading, so that fused experts are looked at one by one.
 """
@@ -20,18 +20,21 @@ from mergekit.common import get_auto_cls
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from mergekit_obim.models.checkpoint import possible_names
+from mergekit_obim.models.faults import first_few, model_fault
 from mergekit_obim.models.files import TensorHeader
-from mergekit_obim.models.findings import Finding, listed
 from mergekit_obim.models.names import Sources, first_names, sources_of
 from mergekit_obim.models.opened import Access, OpenModel
+from mergekit_obim.recipe.faults import Fault
 
-# What old checkpoints keep and models make anew: masks, and the frequencies of rotary embeddings.
+# Buffers that old checkpoints store and models compute themselves: attention masks, and the
+# frequencies of rotary embeddings. Leaving them out of a merge loses nothing.
 _BUFFERS = (".attn.bias", "masked_bias", "inv_freq", "position_ids")
 
 
 def completeness(
     model: OpenModel, access: Access, *, is_base: bool, merging: bool
-) -> Iterator[Finding]:
+) -> Iterator[Fault]:
     """Find tensors that a checkpoint lacks, and those of a base that a merge would leave out.
 
     Args:
@@ -47,22 +50,23 @@ def completeness(
     """
     built, sources = _traced(model, access)
     if built and (missing := missing_tensors(built, model, sources)):
-        yield Finding("error", f"model {model.label}: {missing}")
+        yield model_fault("error", f"model {model.label}: {missing}")
     elif missing := _missing_in_plan(model, built, sources):
         severe = merging or not built
-        yield Finding("error" if severe else "warning", f"model {model.label}: {missing}")
+        yield model_fault("error" if severe else "warning", f"model {model.label}: {missing}")
     elif is_base:
-        planned = {name for info in planned_tensors(model.config) for name in _names(info)}
+        planned = {name for info in planned_tensors(model.config) for name in possible_names(info)}
         if planned or built:
             yield from _dropped(model, planned or set(built.state_dict()), sources)  # type: ignore[union-attr]
 
 
-# The models of a recipe are alike; tracing the tensors of a large mixture takes a second.
+# Tracing the tensors of a large mixture takes a second, and the models of a recipe mostly have the
+# same configuration and tensor names. One entry is enough, and keeps only one model's modules.
 _TRACED: dict[tuple[str, tuple[str, ...]], tuple[PreTrainedModel, Sources]] = {}
 
 
 def _traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, Sources | None]:
-    """The model without its weights, and what its checkpoint's tensors become in it."""
+    """Build a model without weights and trace its stored tensors; (None, None) if that fails."""
     key = (model.config.to_json_string(), tuple(model.names))
     if key not in _TRACED:
         built = build_without_weights(model.config, access)
@@ -76,12 +80,12 @@ def _traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, S
 def missing_tensors(
     model: PreTrainedModel, opened: OpenModel, sources: Sources | None = None
 ) -> str:
-    """Say which parameters of a model its checkpoint does not store whole; empty if it does all.
+    """Return a message on parameters that the checkpoint does not store whole; empty without any.
 
     Args:
         model: The model, on the meta device or loaded.
         opened: Its checkpoint.
-        sources: What the checkpoint's tensors become, if it is known already.
+        sources: The result of :func:`sources_of` for both, if it is known already.
     """
     sources = sources or sources_of(model, opened.names)
     complete = _complete_parameters(model, sources, opened.headers)
@@ -90,10 +94,11 @@ def missing_tensors(
         if complete.isdisjoint(conversion.targets):
             count = model.state_dict()[conversion.targets[0]].shape[0]
             missing += conversion.missing(count) or conversion.targets
+    # Of a fused parameter whose experts are stored in part, the missing ones were named above.
     started = {target for conversion in sources.conversions for target in conversion.targets}
     first = first_names(model)
     loaded = {first[name] for name in complete | started if name in first}
-    # What transformers' authors know to be absent from published checkpoints.
+    # transformers lists parameters that published checkpoints lack for good reason.
     excused = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
     missing += [
         name
@@ -102,7 +107,7 @@ def missing_tensors(
     ]
     if not missing:
         return ""
-    what = f"has no tensor {listed(missing)}"
+    what = f"has no tensor {first_few(missing)}"
     prefixed = (name for name in sources.unused if name.endswith(f".{missing[-1]}"))
     if prefix := next(prefixed, "").removesuffix(missing[-1]):
         return (
@@ -120,7 +125,7 @@ def missing_tensors(
 def _missing_in_plan(
     model: OpenModel, built: PreTrainedModel | None, sources: Sources | None
 ) -> str:
-    """Say which tensors mergekit's own definition would look for in vain; empty if none."""
+    """Return a message on tensors that mergekit needs and will not find; empty without any."""
     there = set(model.names)
     if built is not None and sources is not None:
         there |= _complete_parameters(built, sources, model.headers)
@@ -134,10 +139,10 @@ def _missing_in_plan(
     if not missing:
         return ""
     if built is None:
-        return f"has no tensor {listed(missing)}: the checkpoint is not complete"
+        return f"has no tensor {first_few(missing)}: the checkpoint is not complete"
     return (
         f"mergekit cannot merge a {(model.config.architectures or ['model like it'])[0]}: it asks "
-        f"for {listed(missing)}, which such models do not have; mergekit-pytorch merges them "
+        f"for {first_few(missing)}, which such models do not have; mergekit-pytorch merges them "
         "file by file"
     )
 
@@ -148,7 +153,7 @@ def build_without_weights(config: PretrainedConfig, access: Access) -> PreTraine
     Returns:
         The model, or None where transformers cannot build it here.
     """
-    # Whatever code of a model, or of transformers, raises: then there is less to compare with.
+    # Model code can raise anything. The caller then compares with mergekit's definition alone.
     with suppress(Exception), torch.device("meta"), no_init_weights():
         model: PreTrainedModel = get_auto_cls((config.architectures or [""])[0]).from_config(
             copy.deepcopy(config), trust_remote_code=access.trust_remote_code
@@ -159,21 +164,17 @@ def build_without_weights(config: PretrainedConfig, access: Access) -> PreTraine
 
 
 def planned_tensors(config: PretrainedConfig) -> list[WeightInfo]:
-    """List every tensor of mergekit's own definition of an architecture, if it has one."""
-    with suppress(Exception):  # whatever it makes of a configuration that lacks something
+    """List the tensors of mergekit's own definition of an architecture; empty if it has none."""
+    with suppress(Exception):  # mergekit raises anything at a configuration that lacks a key
         info = arch_info_for_config(config)
         return list(info.all_weights(config)) if info else []
     return []
 
 
-def _names(info: WeightInfo) -> tuple[str, ...]:
-    return (info.name, *(info.aliases or ()), *(info.tied_names or ()))
-
-
 def _complete_parameters(
     model: PreTrainedModel, sources: Sources, headers: Mapping[str, TensorHeader]
 ) -> set[str]:
-    """Name the parameters and buffers of which every part is stored."""
+    """Return the parameters and buffers of which every part is stored."""
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     complete = set(sources.renamed)
     for conversion in sources.conversions:
@@ -186,7 +187,8 @@ def _complete_parameters(
     return complete
 
 
-def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Finding]:
+def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Fault]:
+    # Stored name -> the names it is loaded into: mergekit may plan the tensor under either.
     made_of: dict[str, set[str]] = {}
     if sources is not None:
         for name, stored in sources.renamed.items():
@@ -204,8 +206,8 @@ def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Itera
         and not name.endswith(_BUFFERS)
     ]
     if left:
-        yield Finding(
+        yield model_fault(
             "warning",
             f"{len(left)} tensors of the base {model.label} will not be in the merged model, as "
-            f"mergekit does not know them: {listed(left, 5)}",
+            f"mergekit does not know them: {first_few(left, 5)}",
         )

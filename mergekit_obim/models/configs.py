@@ -19,17 +19,18 @@ from mergekit.architecture import WeightInfo
 from transformers import PretrainedConfig
 
 from mergekit_obim.models.completeness import planned_tensors
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
+from mergekit_obim.recipe.faults import Fault
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """Keys of configurations that decide the same thing.
+    """A group of configuration keys that decide the same thing in different architectures.
 
     Attributes:
-        keys: What such a key looks like.
-        fatal: Whether weights mean something else under another value, rather than something that
-            is a little off, more or less.
+        keys: The pattern of the keys.
+        fatal: Whether another value makes the weights meaningless (a different activation), and
+            not merely somewhat inaccurate (a different epsilon).
     """
 
     keys: re.Pattern[str]
@@ -77,22 +78,22 @@ _SAME_FUNCTION = {
 _LONGEST = 60
 
 
-def config_findings(
+def config_faults(
     expert: str, config: PretrainedConfig, base: str, base_config: PretrainedConfig
-) -> Iterator[Finding]:
-    """Settings under which an expert was trained, but the merged model will not run.
+) -> Iterator[Fault]:
+    """Find settings that an expert was trained with, but that the merged model will not have.
 
     Args:
-        expert: The expert, for the message.
-        config: Its configuration, from ``AutoConfig``, which fills defaults in and gives old keys
-            their new names: so what two files only say differently does not differ.
-        base: The base, whose configuration the merged model gets.
+        expert: The expert's name in messages.
+        config: The expert's configuration, from ``AutoConfig``. That fills in defaults and renames
+            old keys, so two files that say the same in different ways do not differ.
+        base: The name of the base, whose configuration the merged model gets.
         base_config: The base's configuration, of the same architecture.
 
     Yields:
-        One fault for what makes other weights of the expert's (an activation function, a number
-        of heads), one warning for what is a matter of degree (the positions' base frequency, a
-        norm's epsilon, a scale).
+        One ``check_error`` for settings that change what the weights mean (an activation function,
+        a number of heads), and one warning for settings that matter by degree (the base frequency
+        of the positions, a norm's epsilon, a scale).
     """
     own, wanted = _settings(config), _settings(base_config)
     same_kind = config.model_type == base_config.model_type
@@ -108,14 +109,14 @@ def config_findings(
         shown = _shown(*values), _shown(*reversed(values))
         differing[fatal].append(f"{path} {shown[0]} (the base's: {shown[1]})")
     if differing[True]:
-        yield Finding(
-            "fault",
+        yield model_fault(
+            "check_error",
             f"model {expert}: its config has {', '.join(differing[True])}: under the config of the "
             f"base {base}, which the merged model gets, its weights mean something else; correct "
             f"its config.json if that is wrong, or leave {expert} out",
         )
     if differing[False]:
-        yield Finding(
+        yield model_fault(
             "warning",
             f"model {expert}: its config has {', '.join(differing[False])}: the merged model gets "
             f"the config of the base {base}, under which {expert} was not trained; try the merged "
@@ -123,10 +124,10 @@ def config_findings(
         )
 
 
-def architecture_finding(
+def architecture_fault(
     model: str, config: PretrainedConfig, known: Collection[str]
-) -> Finding | None:
-    """An error if mergekit cannot tell from the configuration what tensors the model has.
+) -> Fault | None:
+    """Return an error if a configuration does not tell mergekit what tensors the model has.
 
     Args:
         model: The model, for the message.
@@ -138,21 +139,21 @@ def architecture_finding(
         return None
     found = f"lists {len(names)} `architectures`" if names else "has no `architectures`"
     entry = f'"architectures": ["{next(iter(known), "…ForCausalLM")}"]'
-    return Finding(
+    return model_fault(
         "error",
         f"model {model}: its config.json {found}, and mergekit needs one to know its tensors: "
         f"give it {entry}" + (", as the other models have" if known else ""),
     )
 
 
-def head_findings(
+def head_faults(
     base: str, base_config: PretrainedConfig, stored: Mapping[str, Collection[str]]
-) -> Iterator[Finding]:
-    """Where the merged model's tensors and its ``tie_word_embeddings`` will contradict each other.
+) -> Iterator[Fault]:
+    """Find where the merged model's tensors will contradict its ``tie_word_embeddings``.
 
-    mergekit writes a head as soon as one of the models has one, and takes the others' from their
-    embeddings. What readers make of a head that the configuration says is the embeddings differs:
-    transformers uses it if its values are others, vLLM leaves it out.
+    mergekit writes a head as soon as one of the models has one, and takes the embeddings of the
+    models that have none. Libraries differ in what they do with a stored head if the configuration
+    says that it is tied: transformers uses it if its values differ, vLLM ignores it.
 
     Args:
         base: The base, whose configuration the merged model gets.
@@ -168,7 +169,7 @@ def head_findings(
             continue
         if getattr(base_config, "tie_word_embeddings", False):
             others = [model for model in having if model != base] or having
-            yield Finding(
+            yield model_fault(
                 "warning",
                 f"model {others[0]}: has a {head.name} of its own, so the merged model will have "
                 f"one, but its config.json, the base {base}'s, says tie_word_embeddings: true, and "
@@ -178,7 +179,7 @@ def head_findings(
             )
         elif base in having:
             for model in without:
-                yield Finding(
+                yield model_fault(
                     "warning",
                     f"model {model}: has no {head.name}, but the base {base} has one (its config "
                     "says tie_word_embeddings: false): the merge takes this expert's embeddings "
@@ -187,17 +188,18 @@ def head_findings(
 
 
 def vocabulary_weights(config: PretrainedConfig) -> list[WeightInfo]:
-    """The weights with a row for each token, by mergekit's definition of the architecture.
+    """List the weights with a row for each token, by mergekit's definition of the architecture.
 
     Returns:
-        Nothing for an architecture that mergekit has no definition of, and infers from tensors.
+        The weights; empty for an architecture that mergekit infers from the tensors, as it has no
+        definition of it.
     """
     planned = planned_tensors(config)
     return [weight for weight in planned if weight.vocabulary_axis is not None]
 
 
 def _settings(config: PretrainedConfig) -> dict[str, Any]:
-    """Dotted path -> value, of everything that is not what a missing key means."""
+    """Return dotted path -> value for each setting whose value means more than a missing key."""
     found: dict[str, Any] = {}
 
     def walk(path: str, value: Any) -> None:
@@ -213,13 +215,13 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def _says_nothing(path: str, value: Any) -> bool:
-    """Whether it is as if the key was not there."""
+    """Return whether a setting means the same as a missing key."""
     # All of a head's features are rotated; rope_type says it too, under its new name.
     return (path.endswith("rotary_factor") and value == 1) or path.endswith(".type")
 
 
 def _setting(path: str) -> _Setting | None:
-    """The setting that a path is one of, by the first key that is not a part of the model."""
+    """Return the group of a path, by its first key that does not name a part of the model."""
     keys = (k for k in path.split(".") if not k.endswith("_config") and not k.isdecimal())
     key = next(keys, "")
     if _IGNORED.search(key):
@@ -228,7 +230,7 @@ def _setting(path: str) -> _Setting | None:
 
 
 def _same(own: Any, other: Any) -> bool:
-    """Whether two values mean the same, as far as that can be told from them."""
+    """Return whether two values mean the same, as far as the values alone tell."""
     if isinstance(own, list) and isinstance(other, list) and len(own) != len(other):
         return True  # an entry per layer, of models with other numbers of layers
     if isinstance(own, int | float) and isinstance(other, int | float):
@@ -237,7 +239,7 @@ def _same(own: Any, other: Any) -> bool:
 
 
 def _shown(value: Any, other: Any) -> str:
-    """A value as config.json has it, cut where it is long; it differs from the other one."""
+    """Return a value as config.json has it, shortened, for a message that it is not the other."""
     text = json.dumps(value, default=str)
     if value is None:
         text = "false" if other is True else "not set"

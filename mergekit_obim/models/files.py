@@ -15,7 +15,7 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
 
 from mergekit_obim.errors import one_line
-from mergekit_obim.models.findings import listed
+from mergekit_obim.models.faults import first_few
 
 # A checkout without `git lfs pull` has such a text in place of every large file.
 _LFS_POINTER = b"version https://git-lfs"
@@ -23,7 +23,7 @@ _LFS_POINTER = b"version https://git-lfs"
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a file says of a tensor.
+    """What the header of a weight file says about one tensor.
 
     Attributes:
         dtype: As safetensors names it: ``BF16``, ``F8_E4M3``, ``I32``.
@@ -52,30 +52,30 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
         index: mergekit's index of the checkpoint.
 
     Returns:
-        The headers of all tensors that the index lists and its files hold, and a phrase for
-        every file that cannot be used: what is wrong with it, and what to do.
+        The headers of all tensors that the index lists and the files hold; and for every file
+        that cannot be used a phrase that says why, and what to do.
     """
     headers: dict[str, TensorHeader] = {}
     faults = []
     for shard in index.shards:
         path = Path(index.base_path, shard.filename)
         try:
-            held = _headers_of(path, shard.filename)
-        except _UnreadableError as error:
+            held = file_headers(path, shard.filename)
+        except UnreadableFileError as error:
             faults.append(str(error))
             continue
-        lacking = [name for name in shard.contained_keys if name not in held]
-        if lacking:
+        missing = [name for name in shard.contained_keys if name not in held]
+        if missing:
             faults.append(
-                f"{shard.filename} does not hold {listed(lacking)}, which the index says it does: "
-                "the index and the files are of two different models; get them from one place"
+                f"{shard.filename} does not hold {first_few(missing)}, which the index says it "
+                "does: the index and the files are of two different models; get them from one place"
             )
         headers |= {name: held[name] for name in shard.contained_keys if name in held}
     return headers, faults
 
 
 def why_unreadable(folder: Path, *names: str) -> list[str]:
-    """Say what is wrong with the weight files of a folder that mergekit cannot open.
+    """Return what is wrong with the weight files of a folder that mergekit cannot open.
 
     Args:
         folder: The folder.
@@ -86,30 +86,39 @@ def why_unreadable(folder: Path, *names: str) -> list[str]:
         path = folder / name
         if path.is_symlink() or path.is_file():
             try:
-                _headers_of(path, name)
-            except _UnreadableError as error:
+                file_headers(path, name)
+            except UnreadableFileError as error:
                 faults.append(str(error))
     return faults
 
 
-class _UnreadableError(Exception):
-    """A file cannot be used; the message says why, and what to do."""
+class UnreadableFileError(Exception):
+    """A weight file cannot be used; the message says why, and what to do."""
 
 
-def _headers_of(path: Path, name: str) -> Mapping[str, TensorHeader]:
+def file_headers(path: Path, name: str) -> Mapping[str, TensorHeader]:
+    """Read the headers of all tensors in one weight file, ``.safetensors`` or ``.bin``.
+
+    Args:
+        path: The file.
+        name: What to call it in messages, and in the headers.
+
+    Raises:
+        UnreadableFileError: The file is missing, cut short, or only a Git LFS pointer.
+    """
     again = "get the file again"
     if not path.is_file():
-        raise _UnreadableError(f"{name} is missing; {again}")
+        raise UnreadableFileError(f"{name} is missing; {again}")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise _UnreadableError(
+            raise UnreadableFileError(
                 f"{name} is only a Git LFS pointer to the weights; run `git lfs pull` there"
             )
     try:
         return dict(_safetensors(path, name) if path.suffix == ".safetensors" else _bin(path, name))
     except Exception as error:  # torch.load raises whatever a broken pickle makes it raise
         kind = "safetensors" if isinstance(error, SafetensorError) else "weight"
-        raise _UnreadableError(
+        raise UnreadableFileError(
             f"{name} is not a whole {kind} file ({one_line(error)}); it may have been cut short: "
             f"{again}"
         ) from error

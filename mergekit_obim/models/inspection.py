@@ -1,27 +1,26 @@
-"""What every command finds out about a recipe's models before its work begins.
+"""Inspecting a recipe's models before the work of a command begins.
 
-`obim-saliency --check`, the pre-pass and the merge ask the same questions in the same words; they
-differ in what they do with the answers.
+`obim-saliency --check`, the pre-pass and the merge find the same faults and describe them in the
+same words; they differ in which of them end the command.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
-import huggingface_hub
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from transformers import PretrainedConfig
 
 from mergekit_obim.errors import AdapterError, ObimError
 from mergekit_obim.models.adapters import look_up
-from mergekit_obim.models.comparison import comparison_findings
+from mergekit_obim.models.comparison import comparison_faults
 from mergekit_obim.models.completeness import completeness
-from mergekit_obim.models.findings import Finding
-from mergekit_obim.models.opened import Access, OpenModel, open_config, open_model
+from mergekit_obim.models.faults import model_fault
+from mergekit_obim.models.opened import Access, OpenModel, local_folder, open_config, open_model
 from mergekit_obim.models.quantised import quantised
+from mergekit_obim.recipe.faults import Fault
 
 
 @dataclass
@@ -29,14 +28,14 @@ class Opened:
     """The models of a recipe, as far as they are on this machine.
 
     Attributes:
-        models: Those that could be opened.
-        absent: Those whose weights are not here yet, and why.
-        findings: What is wrong with those that are here and could not be opened.
+        models: The models that could be opened.
+        absent: The models whose weights are not on this machine yet, with the reason.
+        faults: An error for each model that is on this machine but could not be opened.
     """
 
     models: dict[ModelReference, OpenModel] = field(default_factory=dict)
     absent: dict[ModelReference, str] = field(default_factory=dict)
-    findings: list[Finding] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)
 
     @property
     def readable(self) -> dict[ModelReference, OpenModel]:
@@ -54,44 +53,34 @@ def open_models(references: Collection[ModelReference], access: Access) -> Opene
         try:
             opened.models[reference] = open_model(reference, access)
         except ObimError as error:
-            opened.findings.append(Finding("error", error.message))
+            opened.faults.append(model_fault("error", error.message))
     return opened
 
 
-def inspect_absent(reference: ModelReference, access: Access) -> Iterator[Finding]:
+def inspect_absent(reference: ModelReference, access: Access) -> Iterator[Fault]:
     """Look at the configuration of a model whose weights are not on this machine.
 
     Raises:
-        CheckpointError: That cannot be read either.
+        CheckpointError: The configuration cannot be read either.
     """
     yield from quantised(str(reference), open_config(reference, access), None)
 
 
 def absent(reference: ModelReference, access: Access) -> str:
-    """Say why a model's weights are not on this machine yet; empty if they are."""
+    """Return why a model's weights are not on this machine yet; empty if they are."""
     if reference.lora:
         if not access.lora_merge_cache:
-            return ""  # which opening tells as an error
+            return ""  # opening it raises the error
         try:
-            return look_up(reference, access.lora_merge_cache).lacking or ""
+            return look_up(reference, access.lora_merge_cache).rebuild_reason or ""
         except AdapterError:
-            return "it has not been merged"  # why not is told as an error
-    if Path(reference.model.path).exists():
-        return ""
-    try:
-        huggingface_hub.snapshot_download(
-            reference.model.path,
-            revision=reference.model.revision,
-            cache_dir=access.transformers_cache,
-            local_files_only=True,
-        )
-    except (OSError, ValueError):  # both of which the Hub's errors are
-        return "has not been downloaded yet"
-    return ""
+            return "it has not been merged"  # the check of adapters says why
+    here = local_folder(reference.model, access.transformers_cache)
+    return "" if here else "has not been downloaded yet"
 
 
 def is_aligned(config: MergeConfiguration) -> bool:
-    """Whether a recipe has mergekit bring the models' vocabularies into one order."""
+    """Return whether a recipe makes mergekit align the models' vocabularies."""
     return config.tokenizer is not None or config.tokenizer_source is not None
 
 
@@ -103,12 +92,12 @@ def inspect_models(
     aligned: bool,
     merging: bool = True,
     any_architecture: bool = False,
-) -> Iterator[Finding]:
-    """Look at each model by itself, and at each expert beside the base.
+) -> Iterator[Fault]:
+    """Inspect each model by itself, and compare each expert with the base.
 
     Args:
         models: The models that are on this machine.
-        base: What the others were fine-tuned from, if the recipe has one for all.
+        base: The base, if the recipe has one for all experts.
         access: How models are read.
         aligned: Whether the recipe has mergekit align the vocabularies.
         merging: Whether the merge is next, and not the pre-pass.
@@ -121,14 +110,14 @@ def inspect_models(
     if start and not any_architecture:
         for model in experts:
             yield from _inspect_beside(model, start, aligned=aligned, merging=merging)
-    yield from comparison_findings(start, experts, aligned=aligned, access=access)
+    yield from comparison_faults(start, experts, aligned=aligned, access=access)
 
 
 def _inspect_alone(
     model: OpenModel, access: Access, *, is_base: bool, merging: bool
-) -> Iterator[Finding]:
-    """Look at a model's files, its tensors' dtypes, and whether all of them are there."""
-    yield from model.findings()
+) -> Iterator[Fault]:
+    """Inspect a model's files, the dtypes of its tensors, and whether any tensor is missing."""
+    yield from model.faults()
     found = list(quantised(model.label, model.config, model.headers))
     yield from found
     if not found:  # a quantised model's tensors have other names
@@ -137,21 +126,22 @@ def _inspect_alone(
 
 def _inspect_beside(
     model: OpenModel, base: OpenModel, *, aligned: bool, merging: bool
-) -> Iterator[Finding]:
-    """Compare an expert with the base: of one architecture, and of the same shapes."""
+) -> Iterator[Fault]:
+    """Compare an expert's architecture and tensor shapes with the base's."""
     own, wanted = ((m.config.architectures or [""])[0] for m in (model, base))
     if own == wanted:
         yield from _compare_shapes(model, base, aligned=aligned)
     elif own and wanted and model.reference.override_architecture is None:
         # The expert's saliency is the same, whichever base it is merged with later.
-        yield Finding(
+        yield model_fault(
             "error" if merging else "warning",
             f"model {model.label}: is a {own}, but the base {base.label} a {wanted}: experts have "
-            "to be fine-tunes of the base; leave it out, or merge it with its own base",
+            "to be fine-tunes of the base; leave it out, or merge it with the base that it was "
+            "trained from",
         )
 
 
-def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iterator[Finding]:
+def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iterator[Fault]:
     shapes = {
         name: (list(header.shape), list(base.headers[name].shape))
         for name, header in model.headers.items()
@@ -162,7 +152,7 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
     if tokens and not aligned:
         name = next((name for name in tokens if "embed" in name), next(iter(tokens)))
         shape, base_shape = tokens[name]
-        yield Finding(
+        yield model_fault(
             "error",
             f"model {model.label}: has another vocabulary than the base {base.label}: {name} is "
             f"{shape}, the base's {base_shape}; add `tokenizer: {{source: base}}` to the recipe, "
@@ -172,10 +162,11 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
     if others:
         shape, base_shape = shapes[others[0]]
         more = f", and {len(others) - 1} more tensors differ" if others[1:] else ""
-        yield Finding(
+        yield model_fault(
             "error",
             f"model {model.label}: tensor {others[0]} is {shape}, but {base_shape} in the base "
-            f"{base.label}{more}: it is no fine-tune of this base; set base_model to its own",
+            f"{base.label}{more}: it is not a fine-tune of this base; set base_model to the "
+            "model that it was trained from",
         )
 
 
@@ -186,7 +177,7 @@ def _vocabulary(config: PretrainedConfig) -> int | None:
 def _differ_in_tokens(
     name: str, own: list[int], wanted: list[int], sizes: list[int | None]
 ) -> bool:
-    """Whether a tensor has a row for each token, and more or fewer rows than the base's."""
+    """Return whether a tensor has a row per token, and differs from the base in their number."""
     if own[1:] != wanted[1:] or not own:
         return False
     return [own[0], wanted[0]] == sizes or "embed" in name or "lm_head" in name

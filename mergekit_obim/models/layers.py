@@ -21,7 +21,7 @@ _BEFORE_BLOCKS = re.compile(r"embed(?!_out)|(?:^|\.)(?:wte|wpe|shared|project_in
 
 
 def block_of(name: str) -> tuple[str, int] | None:
-    """The stack of blocks and the number in it.
+    """Return the stack of blocks that a tensor belongs to, and the block's number in it.
 
     >>> block_of("model.layers.3.mlp.up_proj.weight")
     ('model.layers', 3)
@@ -79,7 +79,7 @@ def _shared_prefix(a: Sequence[str], b: Sequence[str]) -> int:
 
 
 def rotate(experts: Sequence[T], layer: int) -> list[T]:
-    """The merging order of a layer: each layer's is the previous one's, rotated left by one.
+    """Return a layer's order of the experts: the previous layer's, rotated left by one.
 
     Paper: section 3.2, "Formally, for layer l, we maintain a list …".
 

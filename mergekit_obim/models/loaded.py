@@ -1,4 +1,4 @@
-"""Whether the model in memory is the one on disk: the check after loading.
+"""Checking after loading that the model in memory is the one on disk.
 
 Loading goes through rules for names, layouts, ties and files that mergekit does not share. What
 they made of a checkpoint is compared with the stored tensors, by the few values of each that its
@@ -17,7 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mergekit_obim.errors import CheckpointError
 from mergekit_obim.models.completeness import missing_tensors
-from mergekit_obim.models.findings import listed
+from mergekit_obim.models.faults import first_few
 from mergekit_obim.models.names import sources_of
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.saliency.fingerprint import Fingerprint, sample
@@ -44,7 +44,7 @@ def check_loaded(
     if differing:
         raise CheckpointError(
             f"model {opened.label}: transformers loaded other values than mergekit reads of "
-            f"{listed(differing)}: look in {opened.folder} for a second set of weights or an "
+            f"{first_few(differing)}: look in {opened.folder} for a second set of weights or an "
             "adapter, and move it away"
         )
 
@@ -52,7 +52,7 @@ def check_loaded(
 def _differing(
     model: PreTrainedModel, opened: OpenModel, prints: Mapping[str, Fingerprint]
 ) -> Iterator[str]:
-    """The stored tensors whose values the model does not have."""
+    """Yield the stored tensors whose values are not those of the model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     sources = sources_of(model, opened.names)
     for name, stored in sources.renamed.items():
@@ -76,7 +76,7 @@ def _differing(
 
 
 def _value(model: nn.Module, name: str) -> Tensor:
-    """A parameter's value, wherever accelerate keeps it."""
+    """Return a parameter's value, wherever accelerate keeps it."""
     parameter = model.get_parameter(name)
     if not parameter.is_meta:
         return parameter
@@ -93,7 +93,7 @@ def _value(model: nn.Module, name: str) -> Tensor:
 
 
 def _holds(recorded: Fingerprint, tensor: Tensor) -> bool:
-    """Whether a parameter is the stored tensor, in its own dtype."""
+    """Return whether a parameter holds the stored values, converted to the parameter's dtype."""
     if tuple(tensor.shape) != recorded.shape:
         return False
     stored = torch.frombuffer(

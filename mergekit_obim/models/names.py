@@ -1,4 +1,4 @@
-"""Under which names, and in which layouts, mergekit may ask for a module's parameter.
+"""The names and layouts under which mergekit may ask for a module's parameter.
 
 transformers 5 renames tensors while it loads a checkpoint (GPT-NeoX ``embed_out`` →
 ``lm_head``, BERT ``gamma`` → ``weight``, a missing base-model prefix), while mergekit's
@@ -28,7 +28,8 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-# Divisible by every number of tensors that are concatenated along one dim: q, k, v; gate and up.
+# What a dim of size 1 is expanded to before transformers' rules split it, by the number of tensors
+# that were concatenated along it: 2 for gate and up, 3 for q, k and v. 12 serves both.
 _STAND_IN = 12
 # The number of an expert in a stored name: `mlp.experts.3.gate_proj.weight`.
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
@@ -37,7 +38,7 @@ _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 def weight_names(
     model: PreTrainedModel, checkpoint_names: Collection[str]
 ) -> dict[str, tuple[str, ...]]:
-    """Every name that a weight goes by, in the module and in the checkpoint.
+    """Return every name that a weight has, in the module and in the checkpoint.
 
     The checkpoint's names are mapped forward by transformers' own loading rules. Tensors that
     loading fuses, splits or transposes have another layout: see :func:`stored_parts`.
@@ -68,7 +69,7 @@ def first_names(model: PreTrainedModel) -> dict[str, str]:
 def stored_parts(
     model: PreTrainedModel, parameter: str, h: Tensor, shapes: Callable[[str], torch.Size | None]
 ) -> dict[str, Tensor]:
-    """h of the tensors that loading made a parameter of, each in its stored layout.
+    """Split a parameter's h into those of the stored tensors that it was loaded from.
 
     transformers' own rules for saving take h apart as they would the weight. For them, dims along
     which h does not change are given a few entries each, and taken to one again afterwards.
@@ -76,12 +77,12 @@ def stored_parts(
     Args:
         model: The model, loaded from that checkpoint.
         parameter: The parameter's name.
-        h: Broadcasts against it.
+        h: The parameter's h, of a shape that broadcasts against it.
         shapes: Gives the shape of a tensor that the checkpoint stores, None if it does not.
 
     Returns:
-        Stored name -> h, which broadcasts against the stored tensor. Nothing if the rules cannot
-        be applied: then mergekit cannot take the weight apart either.
+        Stored name -> h, which broadcasts against the stored tensor. Empty if the rules cannot be
+        applied: then mergekit cannot take the weight apart either.
     """
     weight = model.get_parameter(parameter)
     sizes = [
@@ -106,7 +107,7 @@ def stored_parts(
         if any(own not in (1, size) for own, size in zip(piece.shape, shape, strict=True)):
             return {}
         parts[stored] = piece.contiguous()
-    # A tensor that several parameters were made of has not this one's h alone.
+    # If there are more elements than the weight has, a stored tensor also holds other parameters.
     return parts if elements == weight.numel() else {}
 
 
@@ -130,24 +131,24 @@ class Conversion:
             count: How many experts there are.
 
         Returns:
-            Names as the checkpoint would have them; a rule's pattern where it has not one such.
+            Names as the checkpoint would have them; the rule's pattern if no such tensor is stored.
         """
-        lacking = []
+        missing = []
         for pattern, names in self.sources.items():
             if not names:
-                lacking.append(pattern)
+                missing.append(pattern)
             elif "*" in pattern:
                 wanted = [_EXPERT.sub(str(number), names[0], count=1) for number in range(count)]
-                lacking += [name for name in wanted if name not in names]
-        return lacking
+                missing += [name for name in wanted if name not in names]
+        return missing
 
 
 @dataclass(frozen=True)
 class Sources:
-    """Which stored tensors a model's parameters and buffers are loaded from.
+    """The stored tensors that a model's parameters and buffers are loaded from.
 
     Attributes:
-        renamed: For each name in the model, the stored tensors that are it, under any name.
+        renamed: Name in the model -> the stored tensors that are loaded into it unchanged.
         conversions: The tensors that change their layout as they are loaded.
         unused: The stored tensors that nothing is loaded from.
     """
@@ -175,6 +176,7 @@ def sources_of(model: PreTrainedModel, checkpoint_names: Collection[str]) -> Sou
     by_targets: dict[tuple[str, ...], dict[str, list[str]]] = {}
     for stored in sorted(checkpoint_names, key=dot_natural_key):
         name, pattern = rename_source_key(stored, renamings, converters, prefix, module_names)
+        # As transformers does: a name that the model has should not have been renamed.
         if name not in module_names and stored in module_names:
             name, pattern = rename_source_key(stored, [], [], prefix, module_names)
         if name not in module_names:

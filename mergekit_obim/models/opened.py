@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
 
+import huggingface_hub
 import torch
 from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
@@ -18,19 +19,20 @@ from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
 from mergekit_obim.errors import CheckpointError, quoted
+from mergekit_obim.models.adapters import ADAPTER_FILES
 from mergekit_obim.models.adapters import merged as merge_adapter
-from mergekit_obim.models.checkpoint import Skim, tensor_of
+from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.files import TensorHeader, read_headers, why_unreadable
-from mergekit_obim.models.findings import Finding
 from mergekit_obim.models.quantised import quantised
+from mergekit_obim.recipe.faults import Fault
 from mergekit_obim.saliency.fingerprint import Fingerprint, fingerprint
 
-_ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
 class Access(Protocol):
-    """How models are read: the part of mergekit's options, and of ours, that says so."""
+    """The options for reading models, which both mergekit's and our option classes have."""
 
     @property
     def trust_remote_code(self) -> bool: ...
@@ -42,11 +44,11 @@ class Access(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
-    """A model of a recipe with its checkpoint, of which nothing but headers has been read.
+    """A model of a recipe, opened: its configuration and its checkpoint, without reading weights.
 
     Attributes:
         reference: The model as the recipe names it.
-        merged: Where its weights are: the same, or the folder with its adapter merged in.
+        merged: The model whose weights are used: the same, or the one with its adapter merged in.
         config: Its configuration.
         loader: mergekit's reader of its checkpoint.
     """
@@ -58,7 +60,7 @@ class OpenModel:
 
     @property
     def label(self) -> str:
-        """The model's name in messages: what the recipe calls it."""
+        """The model's name in messages, as the recipe writes it."""
         return str(self.reference)
 
     @property
@@ -73,7 +75,7 @@ class OpenModel:
 
     @property
     def commit(self) -> str:
-        """Of a model in the Hub's cache, the commit, which its folder is named after; or empty."""
+        """The commit of a model in the Hub's cache; empty for other folders."""
         return self.folder.name if self.folder.parent.name == "snapshots" else ""
 
     @property
@@ -88,9 +90,9 @@ class OpenModel:
 
     @property
     def unread(self) -> list[str]:
-        """The weight files in the folder that transformers would read and mergekit does not."""
+        """The weight files in the folder that transformers would load and mergekit does not."""
         # transformers applies an adapter that lies beside full weights.
-        found = list(_ADAPTER) if (self.folder / _ADAPTER[0]).exists() else []
+        found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
         shards = {shard.filename for shard in self.loader.index.shards}
         found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
@@ -110,14 +112,14 @@ class OpenModel:
         header = self.headers.get(name)
         return torch.Size(header.shape) if header else None
 
-    def findings(self) -> Iterator[Finding]:
-        """What is wrong with the files, and which of them are left unread."""
+    def faults(self) -> Iterator[Fault]:
+        """Yield an error for each unusable file, and a warning if files will be left unread."""
         for fault in self._read[1]:
-            yield Finding("error", f"model {self.label}: {fault}")
+            yield model_fault("error", f"model {self.label}: {fault}")
         unread = self.unread
         if unread:
-            adapter = unread[0] in _ADAPTER
-            yield Finding(
+            adapter = unread[0] in ADAPTER_FILES
+            yield model_fault(
                 "warning",
                 f"model {self.label}: its folder holds "
                 + ("an adapter beside full weights" if adapter else "two sets of weights")
@@ -131,7 +133,7 @@ class OpenModel:
 
     @contextmanager
     def files_to_load(self) -> Iterator[ModelPath]:
-        """Give transformers the files that mergekit reads, and no others.
+        """Let transformers load exactly the files that mergekit reads.
 
         Yields:
             Where to load from: the model itself, or a temporary folder of links to its files
@@ -157,18 +159,18 @@ class OpenModel:
             yield ModelPath(path=links)
 
     def fingerprints(self) -> dict[str, Fingerprint]:
-        """Sample every stored floating-point weight."""
+        """Return the fingerprint of every stored floating-point tensor, by its name."""
         prints = {}
-        skim = Skim(self.loader)
+        reader = StreamingReader(self.loader)
         for name in self.names:
-            tensor = skim.load(name)
+            tensor = reader.load(name)
             if tensor.is_floating_point():
                 prints[name] = fingerprint(tensor)
-        skim.close()
+        reader.close()
         return prints
 
     def digest(self) -> str:
-        """The sha256 of all fingerprints, which tells one checkpoint from another."""
+        """Return the sha256 of all fingerprints in hex, which identifies the checkpoint."""
         prints = self.fingerprints()
         lines = "".join(f"{name} {prints[name].model_dump_json()}\n" for name in sorted(prints))
         return hashlib.sha256(lines.encode()).hexdigest()
@@ -196,10 +198,10 @@ def open_model(reference: ModelReference, access: Access) -> OpenModel:
 def open_checkpoint(
     reference: ModelReference, access: Access
 ) -> tuple[ModelReference, LazyTensorLoader]:
-    """Open a model's checkpoint, for those who need no configuration.
+    """Open a model's checkpoint without its configuration.
 
     Returns:
-        Where the weights are, the model's adapter merged in if it has one, and their reader.
+        The model with its adapter merged in, if it has one, and the reader of its weights.
 
     Raises:
         CheckpointError: It cannot be read; the message names the file where one is to blame.
@@ -217,14 +219,33 @@ def open_checkpoint(
         raise CheckpointError(f"model {reference}: cannot be read: {why}") from error
 
 
-def inspect_file(path: str) -> Iterator[Finding]:
-    """Look at a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
+def local_folder(place: ModelPath, cache_dir: str | None) -> Path | None:
+    """Return where a model's or an adapter's files are on this machine, None if they are not.
+
+    Args:
+        place: A path, or a repository on the Hub.
+        cache_dir: The Hub cache to look in; None is the default one.
+    """
+    if Path(place.path).exists():
+        return Path(place.path)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                place.path, revision=place.revision, cache_dir=cache_dir, local_files_only=True
+            )
+        )
+    except (OSError, ValueError):  # both of which the Hub's errors are
+        return None
+
+
+def inspect_file(path: str) -> Iterator[Fault]:
+    """Inspect a bare weight file, or a folder of them, as `mergekit-pytorch` merges them.
 
     Args:
         path: The file or folder; it is also the name to call it by.
 
     Yields:
-        Errors: it cannot be read, or holds the codes of quantised weights.
+        An error if it cannot be read or holds quantised weights.
     """
     try:
         read = (
@@ -236,7 +257,7 @@ def inspect_file(path: str) -> Iterator[Finding]:
         found = why_unreadable(place.parent if place.is_file() else place, place.name)
         headers, faults = {}, found or [f"cannot be read: {quoted(error)}"]
     for fault in faults:
-        yield Finding("error", f"model {path}: {fault}")
+        yield model_fault("error", f"model {path}: {fault}")
     yield from quantised(path, None, headers)
 
 
@@ -244,13 +265,13 @@ def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
     """Read a model's configuration.
 
     Raises:
-        CheckpointError: There is none, or it needs code that may not be run.
+        CheckpointError: There is no configuration, or it needs code that may not run.
     """
     try:
         return reference.config(trust_remote_code=access.trust_remote_code)
     except Exception as error:
         refuse_code(str(reference), "it", error)
-        if Path(reference.model.path, _ADAPTER[0]).is_file():
+        if Path(reference.model.path, ADAPTER_FILES[0]).is_file():
             raise CheckpointError(
                 f"model {reference}: is an adapter without its model: write MODEL+{reference}"
             ) from error
@@ -260,10 +281,15 @@ def open_config(reference: ModelReference, access: Access) -> PretrainedConfig:
 
 
 def refuse_code(label: str, what: str, error: Exception) -> None:
-    """Raise if transformers failed because it must not run code that comes with a model.
+    """Raise a better error if transformers failed because a model's own code may not run.
+
+    Args:
+        label: The model's name in messages.
+        what: The part of the model that comes with code.
+        error: What transformers raised; any other reason is left to the caller.
 
     Raises:
-        CheckpointError: That is why it failed; the message says how to allow it.
+        CheckpointError: The code may not run; the message says how to allow it.
     """
     if "trust_remote_code" in str(error):
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Telling a quantised checkpoint by its tensors: what a configuration says may be out of date.
+"""Recognising quantised checkpoints by their tensors, as configurations may be out of date.
 
-mergekit merges stored numbers. Those of a quantised checkpoint are codes, which mean a weight only
-together with their scales, so merging them would give nonsense.
+mergekit merges the stored numbers. In a quantised checkpoint those are codes, which give a weight
+only together with their scales, so merging them would give nonsense.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping
 
 from transformers import PretrainedConfig
 
+from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.files import TensorHeader
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.recipe.faults import Fault
 
 # What GPTQ, AWQ, bitsandbytes, compressed-tensors, fp8, HQQ and quanto store beside a weight, or in
 # its place: the last part of a tensor's name, or what follows `.weight.`.
@@ -32,8 +33,8 @@ _PACKED = frozenset({"I8", "U8", "I16", "U16", "I32", "U32"})
 
 def quantised(
     label: str, config: PretrainedConfig | None, headers: Mapping[str, TensorHeader] | None
-) -> Iterator[Finding]:
-    """Find what shows that a model is quantised, or that its configuration only says so.
+) -> Iterator[Fault]:
+    """Yield an error if a model is quantised, or if only its configuration says that it is.
 
     Args:
         label: What to call the model.
@@ -52,7 +53,7 @@ def quantised(
         header = (headers or {})[found]
         what = f"tensor {found} in {header.file} holds {header.dtype}"
     elif says:
-        yield Finding(
+        yield model_fault(
             "error",
             f"model {label}: its config.json says that it is quantised, but its tensors hold full "
             "precision: take quantization_config out of its config.json",
@@ -60,7 +61,7 @@ def quantised(
         return
     else:
         return
-    yield Finding(
+    yield model_fault(
         "error",
         f"model {label}: is quantised, which mergekit cannot merge ({what}): use the "
         "full-precision checkpoint that it was made from",

@@ -19,7 +19,8 @@ from typing import Any
 from transformers import AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from mergekit_obim.models.findings import Finding
+from mergekit_obim.models.faults import model_fault
+from mergekit_obim.recipe.faults import Fault
 
 Vocabulary = Mapping[str, int]
 """Token -> its number, which is its row in the embeddings and in the head."""
@@ -40,7 +41,7 @@ _EXAMPLES = 2
 
 
 def is_spare(token: str) -> bool:
-    """Whether a token's name says that no text contains it: a reserved token, or padding.
+    """Return whether a token's name says that no text contains it: a reserved token, or padding.
 
     >>> is_spare("<|reserved_special_token_7|>"), is_spare("[PAD]"), is_spare("reserved")
     (True, True, False)
@@ -48,12 +49,12 @@ def is_spare(token: str) -> bool:
     return _SPARE.fullmatch(token) is not None
 
 
-def token_findings(
+def token_faults(
     vocabularies: Mapping[str, Vocabulary],
     base: str,
     rows_differ: Callable[[str, str, Collection[int]], bool] = lambda *_: True,
-) -> Iterator[Finding]:
-    """What is wrong with mixing these models' vocabulary rows by number.
+) -> Iterator[Fault]:
+    """Find what is wrong with mixing these models' vocabulary rows by number.
 
     Experts are compared with the base, and with each other where the base has no word in it: two
     experts may have put tokens of their own at the same spare number.
@@ -63,11 +64,12 @@ def token_findings(
             without a tokenizer is left out, as it goes by the base's.
         base: The base's name among the models, or what to call it where it is not among them.
         rows_differ: Whether two models have different values in some rows of these numbers. Where
-            they have not, nothing is mixed, and what would be a fault is a warning.
+            they are equal, nothing is mixed, and the ``check_error`` becomes a warning.
 
     Yields:
-        A fault for each two models that give one number to two tokens or one token two numbers; a
-        warning where an expert uses a token's row that is spare in the base (:func:`is_spare`).
+        A ``check_error`` for each pair of models that give one number to two tokens, or one token
+        two numbers; a warning where an expert uses a row that is spare in the base
+        (:func:`is_spare`).
     """
     of_base = vocabularies.get(base, {})
     experts = [model for model in vocabularies if model != base]
@@ -80,9 +82,9 @@ def token_findings(
             way_out = "add `tokenizer: {source: base}` to the recipe, or `{source: union}`"
         if clash.numbers:
             mixed = rows_differ(model, base, clash.numbers)
-            yield _finding(f"model {model}", clash.lines(model, there), way_out, mixed=mixed)
+            yield _clash_fault(f"model {model}", clash.lines(model, there), way_out, mixed=mixed)
         if clash.renamed:
-            yield Finding(
+            yield model_fault(
                 "warning",
                 f"model {model}: {_some(_said(clash.renamed, model, there))}: the merged model "
                 "gets the base's tokenizer, which lacks it; copy this expert's into the merged "
@@ -100,7 +102,7 @@ def token_findings(
         if clash.numbers:
             mixed = rows_differ(one, other, clash.numbers)
             lines = clash.lines(one, other)
-            yield _finding(f"models {one} and {other}", lines, union, mixed=mixed)
+            yield _clash_fault(f"models {one} and {other}", lines, union, mixed=mixed)
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,13 @@ def _said(tokens: Mapping[int, tuple[str, str]], model: str, other: str) -> list
     ]
 
 
-def _finding(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Finding:
+def _clash_fault(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Fault:
     if mixed:
-        return Finding(
-            "fault",
+        return model_fault(
+            "check_error",
             f"{them}: {_some(lines)}: a merge would mix the rows of different tokens; {way_out}",
         )
-    return Finding(
+    return model_fault(
         "warning",
         f"{them}: {_some(lines)}: their rows are the same in both, so nothing is mixed, but the "
         f"merged model gets the base's tokenizer; to keep every model's tokens, {way_out}",
@@ -170,7 +172,7 @@ def _finding(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Findi
 
 
 def _some(lines: list[str]) -> str:
-    """The first few, and how many more there are."""
+    """Join the first few lines, and say how many more there are."""
     more = len(lines) - _EXAMPLES
     return "; ".join(lines[:_EXAMPLES]) + (f" (and {more} more)" if more > 0 else "")
 
@@ -179,7 +181,7 @@ def _some(lines: list[str]) -> str:
 
 
 def read_vocabulary(folder: Path, *, trust_remote_code: bool = False) -> Vocabulary | None:
-    """The tokens of the tokenizer in a model's folder, in whatever form transformers loads.
+    """Read the vocabulary of the tokenizer in a model's folder, in any form transformers loads.
 
     ``tokenizer.json`` is read directly where the answer is the same: loading a tokenizer of
     150,000 tokens takes several times as long.
@@ -212,7 +214,7 @@ def read_vocabulary(folder: Path, *, trust_remote_code: bool = False) -> Vocabul
 
 
 def _from_json(folder: Path, settings: Mapping[str, Any]) -> Vocabulary | None:
-    """What ``tokenizer.json`` says, unless transformers would add to it or number it anew."""
+    """Read ``tokenizer.json``; None if transformers would add tokens or renumber them."""
     path = folder / "tokenizer.json"
     if "fast_tokenizer_files" in settings or not path.exists():
         return None
@@ -240,7 +242,7 @@ def _from_json(folder: Path, settings: Mapping[str, Any]) -> Vocabulary | None:
 # Experts mostly have the base's own file, byte for byte: then it is parsed once.
 @lru_cache(maxsize=4)
 def _tokens_of(tokenizer_json: bytes) -> Vocabulary | None:
-    """The tokens in such a file, None unless the numbers in it are those that loading assigns.
+    """Read the tokens in such a file; None unless its numbers are those that loading assigns.
 
     tokenizers' own rule is that an added token has the number that the model has for it, or else
     the next one after as many as there are; the number in the file is not looked at.
@@ -268,7 +270,7 @@ def _content(token: Any) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON file's mapping, empty if there is none: what loads the tokenizer will say it."""
+    """Read a JSON file's mapping; empty on failure, which loading the tokenizer will report."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -99,7 +99,7 @@ def find_in_all(
     every: list[Experts] = []
     for document, found in zip(documents, parts, strict=True):
         wanted = {model: own for model, own in found.items() if not only or model in only}
-        experts = _experts_of(document, wanted, {} if wrong_options else options)
+        experts = _read_experts(document, wanted, {} if wrong_options else options)
         for expert in list(experts.measured):
             if seen.setdefault(expert.model, expert.calibration) != expert.calibration:
                 experts.faults.append(_two_calibrations(document, found[expert.model][0]))
@@ -119,7 +119,7 @@ def _expert_parts(document: Document) -> dict[str, list[Part]]:
     return found
 
 
-def _experts_of(
+def _read_experts(
     document: Document, found: Mapping[str, list[Part]], options: Mapping[str, Any]
 ) -> Experts:
     faults = list(_unused(document))

@@ -37,6 +37,8 @@ Kind = Literal[
     "plan",  # what mergekit itself refuses
 ]
 
+Level = Literal["error", "check_error", "warning"]
+
 
 @dataclass(frozen=True)
 class Place:
@@ -62,13 +64,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong with a recipe, or unusual.
+    """One thing that is wrong or unusual about a recipe or its models.
 
     Attributes:
         kind: What sort of thing; `--fix` goes by it.
         message: One line: the model, what was found, and the way out.
         place: Where it stands.
-        level: An ``error`` stops the merge or the pre-pass, a ``warning`` does not.
+        level: An ``error`` ends every command before its work begins, a ``warning`` ends none. A
+            ``check_error`` counts as an error in ``--check``, as the merge would go against its
+            purpose, but the pre-pass and the merge only warn of it: the user may know better.
         others: Where else it stands, if one line tells of several places.
         nearest: What was probably meant, of a misspelt name.
         tensor: The tensor whose plan showed it, if one did; the message names it too.
@@ -80,7 +84,7 @@ class Fault:
     kind: Kind
     message: str
     place: Place = Place()
-    level: Literal["error", "warning"] = "error"
+    level: Level = "error"
     others: tuple[Place, ...] = ()
     nearest: str | None = None
     tensor: str | None = None

@@ -57,8 +57,8 @@ class Change:
     why: str
 
 
-def told(changes: Iterable[Change]) -> list[str]:
-    """A line for each reason, with all that was changed for it."""
+def change_lines(changes: Iterable[Change]) -> list[str]:
+    """Return one line for each reason, with all the changes that were made for it."""
     grouped: dict[str, dict[str, None]] = {}
     for change in changes:
         grouped.setdefault(change.why, {})[change.what] = None

@@ -14,9 +14,9 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_obim import __version__
+from mergekit_obim.dry_run import plan
 from mergekit_obim.errors import RecipeError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
-from mergekit_obim.planned import plan
 from mergekit_obim.report.gather import Account, calibration_of, gather, planned_experts
 from mergekit_obim.saliency.file import write_text
 

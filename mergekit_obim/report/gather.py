@@ -21,6 +21,7 @@ from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import TensorGroup
 from mergekit.options import MergeOptions
 
+from mergekit_obim.dry_run import plan
 from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.blocks import Positions
 from mergekit_obim.kernels.kinship import Moments
@@ -31,7 +32,6 @@ from mergekit_obim.kernels.tally import Tally, claim_counts, outcomes, tally
 from mergekit_obim.methods.obim import Assignment, observing
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.layers import block_of, rotate
-from mergekit_obim.planned import plan
 from mergekit_obim.saliency.fingerprint import sample, sample_positions
 
 # The sums of densities at which other settings are tried, and the orders that are tried at each.

@@ -1,8 +1,9 @@
-"""How experts lie to the base that they are said to come from, by a sample of their weights.
+"""Whether experts are fine-tunes of the base they are merged with, by a sample of their weights.
 
-A fine-tune moves a model's weights by little, and each in a direction of its own. What has
-moved further than to nothing is no fine-tune of this base; experts that have moved the same
-way come from some other model, of which the base they are given is only the ancestor.
+A fine-tune changes a model's weights by little, and each fine-tune in a direction of its own. An
+expert further from the base than a model of zeros would be was not trained from that base. Experts
+whose task vectors point in nearly the same direction share a long training: they come from some
+later model, which is what ``base_model`` should name.
 """
 
 from __future__ import annotations
@@ -15,32 +16,33 @@ from mergekit.io import LazyTensorLoader
 
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.kinship import Moments, moments
-from mergekit_obim.models.checkpoint import Skim
+from mergekit_obim.models.checkpoint import StreamingReader
 from mergekit_obim.saliency.fingerprint import sample
 
-# What was measured, on tiny models, is in docs/check.md.
-# ‖δ‖ / ‖θ_B‖ over the matrices. Unrelated models of alike weights have √2, and 1 is as far as
-# having no weights at all. Fine-tunes have a few hundredths; long further training a few tenths.
+# The measurements behind these limits, on tiny models, are in docs/check.md.
+# ‖δ‖ / ‖θ_B‖ over the matrices. Two unrelated models with weights of the same size have √2, and a
+# model of zeros has 1. Fine-tunes have a few hundredths; long further training a few tenths.
 UNRELATED = 1.0
 FAR = 0.5
-# The cosine of two task vectors, above which they are nearly the same way: experts of one base
-# had 0.5 at most, experts with a long training between them and the base 0.95 and more.
-SAME_WAY = 0.8
+# The cosine of two task vectors, from which on their directions count as the same: experts of one
+# base had 0.5 at most, experts with a long training between them and the base 0.95 and more.
+SAME_DIRECTION = 0.8
 
 
 @dataclass
-class Relation:
-    """What a sample of the weights tells.
+class WeightComparison:
+    """How experts differ from their base and from each other, by a sample of every tensor.
 
     Attributes:
         base: The base's reference.
         experts: The experts' references.
-        moments: Sums over the matrices that all have, as if of every weight.
-        identical: The experts no sampled value of which differs from the base's.
-        twins: Pairs of experts no sampled value of which differs.
-        shapes: Per expert the tensors of another shape than the base's, with both shapes.
-        missing: Per expert the base's tensors that it has not.
-        broken: Per model a tensor with values that are not finite.
+        moments: The task vectors' inner products over the matrices that all models have, scaled
+            from the sample to the whole.
+        identical: The experts whose sampled values are all equal to the base's.
+        twins: The pairs of experts whose sampled values are all equal.
+        shapes: For each expert, the tensors whose shape is not the base's: name -> (own, base's).
+        missing: For each expert, the tensors of the base that it does not have.
+        broken: For each model, the first tensor in which NaN or infinite values were found.
     """
 
     base: str
@@ -52,8 +54,8 @@ class Relation:
     missing: dict[str, list[str]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
-    def faults(self) -> Iterator[str]:
-        """What makes merging these models pointless, a line each."""
+    def errors(self) -> Iterator[str]:
+        """Yield one message for each reason why merging these models would be pointless."""
         for model, name in self.broken.items():
             yield (
                 f"model {model}: tensor {name} has values that are not finite numbers, and cannot "
@@ -70,32 +72,32 @@ class Relation:
         for model, size in self.sizes().items():
             if size >= UNRELATED:
                 yield (
-                    f"model {model}: is no fine-tune of {self.base}: it lies {size:.2f} times the "
-                    "base's own size from it, where fine-tunes show a few hundredths; set "
-                    "base_model to the model that it was trained from"
+                    f"model {model}: is not a fine-tune of {self.base}: its weights differ by "
+                    f"{size:.2f} times the base's norm, where fine-tunes show a few hundredths; "
+                    "set base_model to the model that it was trained from"
                 )
 
-    def doubts(self) -> Iterator[str]:
-        """What is unusual, a line each."""
+    def warnings(self) -> Iterator[str]:
+        """Yield one message for each way in which these models do not look like fine-tunes."""
         for model, size in self.sizes().items():
             if FAR <= size < UNRELATED:
                 yield (
-                    f"model {model}: lies {size:.2f} times the base's own size from {self.base}, "
-                    "where fine-tunes show a few hundredths: is base_model what it was trained "
-                    "from?"
+                    f"model {model}: its weights differ from {self.base} by {size:.2f} times the "
+                    "base's norm, where fine-tunes show a few hundredths: is base_model "
+                    "what it was trained from?"
                 )
         cosines = self.moments.cosine()
         for i, one in enumerate(self.experts):
             for j, other in enumerate(self.experts[:i]):
-                if cosines[i, j] >= SAME_WAY and (other, one) not in self.twins:
+                if cosines[i, j] >= SAME_DIRECTION and (other, one) not in self.twins:
                     yield (
-                        f"models {other} and {one}: differ from {self.base} in the same way "
-                        f"(cosine {cosines[i, j]:.3f}): is there a model between them and it, that "
-                        "base_model should name?"
+                        f"models {other} and {one}: differ from {self.base} in the same direction "
+                        f"(cosine {cosines[i, j]:.3f}): were both trained from a later model, "
+                        "which base_model should name?"
                     )
 
     def cosines(self) -> dict[str, dict[str, float]]:
-        """The cosine of each two task vectors; nothing for an expert that is the base."""
+        """Return the cosine of each pair of task vectors, where both are other than zero."""
         rows = zip(self.experts, self.moments.cosine().tolist(), strict=True)
         return {
             one: {
@@ -107,32 +109,34 @@ class Relation:
         }
 
     def sizes(self) -> dict[str, float]:
-        """‖δ‖ / ‖θ_B‖ of each expert."""
+        """Return ‖δ‖ / ‖θ_B‖ of each expert, where it is defined."""
         sizes = self.moments.relative_sizes().tolist()
         return {
             model: size for model, size in zip(self.experts, sizes, strict=True) if size == size
         }
 
 
-def relate(
+def compare_weights(
     base: str, base_weights: LazyTensorLoader, experts: Mapping[str, LazyTensorLoader]
-) -> Relation:
-    """Compare experts with their base, 64 values a tensor.
+) -> WeightComparison:
+    """Compare experts with their base by 64 values of each tensor.
 
     Args:
         base: The base's reference.
-        base_weights: Its checkpoint.
+        base_weights: The base's checkpoint.
         experts: The experts' checkpoints, by their references.
     """
     models = list(experts)
-    found = Relation(base, models, Moments.zero(len(models)))
+    found = WeightComparison(base, models, Moments.zero(len(models)))
     same = dict.fromkeys(models, True)
     twins = {(one, other): True for i, other in enumerate(models) for one in models[:i]}
     compared = 0
-    skims = {model: Skim(weights, len(models) + 1) for model, weights in experts.items()}
-    base_skim = Skim(base_weights, len(models) + 1)
+    readers = {
+        model: StreamingReader(weights, len(models) + 1) for model, weights in experts.items()
+    }
+    base_reader = StreamingReader(base_weights, len(models) + 1)
     for name in base_weights.index.tensor_paths:
-        weight = base_skim.load(name)
+        weight = base_reader.load(name)
         if not weight.is_floating_point():
             continue
         samples: dict[str, torch.Tensor] = {}
@@ -140,7 +144,7 @@ def relate(
             if name not in weights.index.tensor_paths:
                 found.missing.setdefault(model, []).append(name)
                 continue
-            own = skims[model].load(name)
+            own = readers[model].load(name)
             if own.shape != weight.shape:
                 shapes = list(own.shape), list(weight.shape)
                 found.shapes.setdefault(model, {})[name] = shapes
@@ -163,8 +167,8 @@ def relate(
             with one_thread():  # a second one would take longer to be woken than the work
                 part = moments([samples[model] for model in models], theirs)
             found.moments += part.scaled(weight.numel() / theirs.numel())
-    for skim in (base_skim, *skims.values()):
-        skim.close()
+    for reader in (base_reader, *readers.values()):
+        reader.close()
     if compared:
         complete = set(models) - found.missing.keys() - found.shapes.keys()
         found.identical = [model for model in models if same[model] and model in complete]

@@ -1,4 +1,8 @@
-"""A recipe as mergekit plans it: every tensor's inputs and parameters, with nothing merged."""
+"""Running mergekit's planner on a recipe without merging anything.
+
+The result is every output tensor with its inputs and parameters, for reports, model cards and
+``--check``. What the methods themselves check while mergekit plans is in ``methods/planning.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,20 +21,20 @@ from pydantic import ValidationError
 import mergekit_obim
 from mergekit_obim.errors import ObimError, RecipeError, one_line
 from mergekit_obim.methods.mergekit_hooks import plan_module_checked, plans_ours
-from mergekit_obim.methods.planning import Findings, registry
+from mergekit_obim.methods.planning import PlanReport, registry
 from mergekit_obim.models.adapters import trust_by_content
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import Path, raise_errors
 
 
 def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
-    """A recipe by mergekit's own schema.
+    """Validate a recipe by mergekit's own schema.
 
     Args:
-        recipe: As ``yaml.safe_load`` gives it.
+        recipe: The recipe, as ``yaml.safe_load`` returns it.
 
     Raises:
-        RecipeError: mergekit would not take it.
+        RecipeError: mergekit would refuse the recipe.
     """
     config, faults = config_of(Document(recipe))
     raise_errors(faults)
@@ -39,15 +43,20 @@ def read_config(recipe: Mapping[str, Any]) -> MergeConfiguration:
 
 
 def read_recipe(document: Document) -> tuple[MergeConfiguration | None, list[Fault]]:
-    """A recipe by mergekit's own schema, None if it cannot be; and all that is wrong with it."""
+    """Validate a recipe by our rules and by mergekit's schema.
+
+    Returns:
+        mergekit's configuration, None if it would refuse the recipe or has no such merge method;
+        and everything that is wrong with the recipe.
+    """
     mergekit_obim.register()
     faults = list(recipe_faults(document, registry()))
     config, refused = config_of(document)
-    # What mergekit makes of a list that should be a mapping was told in better words.
-    told = [f.place.path for f in faults if f.kind in ("shape", "reference")]
+    # Our own words for a list that should be a mapping are better than mergekit's.
+    reported = [f.place.path for f in faults if f.kind in ("shape", "reference")]
     for fault in refused:
         path = fault.place.path
-        if not any(path[: len(one)] == one or one[: len(path)] == path for one in told):
+        if not any(path[: len(one)] == one or one[: len(path)] == path for one in reported):
             faults.append(fault)
     if any(fault.kind == "method" for fault in faults):
         config = None
@@ -55,7 +64,11 @@ def read_recipe(document: Document) -> tuple[MergeConfiguration | None, list[Fau
 
 
 def config_of(document: Document) -> tuple[MergeConfiguration | None, list[Fault]]:
-    """A recipe by mergekit's own schema, or what mergekit would refuse in it."""
+    """Validate a recipe by mergekit's own schema alone.
+
+    Returns:
+        mergekit's configuration and no faults, or None and what mergekit refuses.
+    """
     mergekit_obim.register()
     try:
         return MergeConfiguration.model_validate(document.content), []
@@ -78,35 +91,36 @@ def _schema_faults(document: Document, error: ValidationError) -> Iterator[Fault
         yield Fault("plan", f"{place if path else 'the recipe'}: {message}", place)
 
 
-def plan(
-    config: MergeConfiguration, options: MergeOptions, *, inspected: bool = False
-) -> list[tuple[Any, Any]]:
-    """Every output tensor's weight info and mergekit's task for it, in the order of the merge.
+def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, Any]]:
+    """Plan a merge as mergekit-yaml would.
 
     Args:
         config: The recipe.
-        options: mergekit's.
-        inspected: Whether the caller has looked at the models already.
+        options: mergekit's options.
+
+    Returns:
+        For each output tensor, in the order of the merge, its ``WeightInfo`` and mergekit's task.
 
     Raises:
-        ObimError: The recipe or the models cannot be merged; whatever mergekit raises, in a line.
+        ObimError: The recipe or the models cannot be merged. What mergekit itself raises is
+            shortened to one line.
     """
     with _in_our_words():
         return _tasks(_planner(MergePlanner, config, options))
 
 
-def look_through(
+def plan_and_collect(
     config: MergeConfiguration, options: MergeOptions
-) -> tuple[list[tuple[Any, Any]], Findings]:
-    """Plan a recipe as :func:`plan` does, but with what is wrong as values and not as an error.
+) -> tuple[list[tuple[Any, Any]], PlanReport]:
+    """Plan a merge as :func:`plan` does, but return what is wrong instead of raising it.
 
     Returns:
-        What was planned, nothing if mergekit could not; and what was found.
+        The plan, empty if mergekit could not make one; and what was found.
     """
-    found = Findings()
+    found = PlanReport()
     try:
         with _in_our_words():
-            planner = _planner(_LookingPlanner, config, options)
+            planner = _planner(_CollectingPlanner, config, options)
             found = planner.found
             return _tasks(planner), found
     except ObimError as error:
@@ -114,12 +128,12 @@ def look_through(
         return [], found
 
 
-class _LookingPlanner(MergePlanner):
-    """mergekit's planner, which keeps what is wrong with a recipe instead of raising it."""
+class _CollectingPlanner(MergePlanner):
+    """mergekit's planner, which collects what is wrong with a recipe instead of raising it."""
 
     def __init__(self, *args: Any):
         super().__init__(*args)
-        self.found = Findings()
+        self.found = PlanReport()
 
     def plan_module(self, module_name: str, definition: Any) -> None:
         if plans_ours(self):
@@ -136,8 +150,8 @@ def _planner(kind: type[P], config: MergeConfiguration, options: MergeOptions) -
     LoaderCache().setup(options=options)
     no_card = options.model_copy(update={"write_model_card": False})
     find = mergekit.architecture.get_architecture_info
-    # The check has looked at the models by itself.
-    info = (inspect.unwrap(find) if kind is _LookingPlanner else find)(config, no_card)
+    # Wrapped by `methods.mergekit_hooks`, it inspects the models; `--check` has done so already.
+    info = (inspect.unwrap(find) if kind is _CollectingPlanner else find)(config, no_card)
     # Of the merged model's configuration only the architecture matters here, not the layers.
     like = config.base_model or config.referenced_models()[0]
     out = like.config(trust_remote_code=options.trust_remote_code)
@@ -146,7 +160,8 @@ def _planner(kind: type[P], config: MergeConfiguration, options: MergeOptions) -
 
 
 def _tasks(planner: MergePlanner) -> list[tuple[Any, Any]]:
-    # Nothing is written before a task is run; `plan_in_memory` fails in mergekit 0.1.5.
+    # Nothing is written before a task runs, so no folder is needed. mergekit's own
+    # `plan_in_memory` fails in 0.1.5.
     tasks = planner.plan_to_disk("")
     planned: list[Any] = [task.tensor_task for task in tasks if isinstance(task, SaveTensor)]
     return [(task.output_weight, task) for task in planned]
