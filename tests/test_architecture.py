@@ -1,8 +1,9 @@
-"""Imports only go down, as CONTRIBUTING.md draws the house; what is said to be light, is."""
+"""Imports only go down, as CONTRIBUTING.md's table has the house; what is said to be light, is."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -18,68 +19,25 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# What each room may import beside the standard library and itself. A room is a module or a
-# package, less what has a room of its own; `mergekit_obim` is the package's own `__init__`.
+# CONTRIBUTING.md's table says what each room may import beside the standard library and itself: the
+# names in backticks of its last column, libraries and rooms; None is everything. A room is a module
+# or a package, less what has a room of its own, and goes by its path: `__init__` is the package's.
+ROW = re.compile(r"^\| `([^`]+?)(?:/|\.py)` \|.*\| ([^|]+) \|$", re.MULTILINE)
+TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROOMS = {
-    "mergekit_obim": {"mergekit", "mergekit_obim.methods"},  # only once `register` is called
-    "mergekit_obim._autoload": {"mergekit_obim"},
-    "mergekit_obim.errors": {"click"},
-    "mergekit_obim.recipe": {"pydantic", "yaml", "mergekit_obim.errors"},
-    "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
-    "mergekit_obim.saliency": {
-        *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim"),
-        "mergekit_obim.errors",
-    },
-    "mergekit_obim.models": {
-        *("huggingface_hub", "mergekit", "safetensors", "torch", "transformers"),
-        *("filelock", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.calibration": {
-        *("accelerate", "datasets", "mergekit", "numpy", "PIL", "pyarrow", "pydantic"),
-        *("safetensors", "torch", "tqdm", "transformers", "mergekit_obim"),
-        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.methods": {
-        *("huggingface_hub", "mergekit", "numpy", "pydantic", "torch"),
-        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.planned": {
-        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"),
-        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.recipe"),
-    },
-    "mergekit_obim.kinship": {
-        *("mergekit", "torch", "tqdm", "yaml", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.recipe"),
-        "mergekit_obim.saliency",
-    },
-    "mergekit_obim.report": {
-        *("huggingface_hub", "jinja2", "matplotlib", "mergekit", "numpy", "torch", "yaml"),
-        *("mergekit_obim", "mergekit_obim.errors", "mergekit_obim.kernels"),
-        *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.models"),
-        *("mergekit_obim.planned", "mergekit_obim.saliency"),
-    },
-    # Asks both sides what they would say, so it stands above them.
-    "mergekit_obim.check": {
-        *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
-        *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
-        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.planned"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
+    room.replace("/", "."): None if cell == "everything" else set(re.findall("`([^`]+)`", cell))
+    for room, cell in ROW.findall(TABLE)
 }
-EVERYTHING = {"mergekit_obim.commands"}
 HEAVY = {"datasets", "mergekit", "numpy", "torch", "transformers"}
 
 
 def room_of(module: str) -> str | None:
     """The innermost room that a module of ours is in; None if it is in none."""
-    parts = module.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(len(parts), 1, -1)]
     if module == "mergekit_obim":
-        return module
-    return next((name for name in prefixes if name in ROOMS or name in EVERYTHING), None)
+        return "__init__"
+    parts = module.split(".")[1:]
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in ROOMS), None)
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -105,28 +63,52 @@ def load(code: str) -> set[str]:
     return {name.partition(".")[0] for name in names} | (names & set(MODULES))
 
 
+@functools.cache
+def wanted_by(module: str) -> dict[str, int]:
+    """The rooms and the libraries that a module imports, each with the line of an import."""
+    wanted = {}
+    for name, line in imports(MODULES[module]):
+        top = name.partition(".")[0]
+        if top == "mergekit_obim":
+            wanted[room_of(name) or name] = line
+        elif top not in sys.stdlib_module_names:
+            wanted[top] = line
+    wanted.pop(room_of(module) or module, None)
+    return wanted
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
     room = room_of(module)
-    if room in EVERYTHING:
+    assert room is not None, (
+        f"{module} is in no room: add a row to the table in CONTRIBUTING.md, below all that it "
+        "imports and above all that import it"
+    )
+    allowed = ROOMS[room]
+    if allowed is None:
         return
-    assert room is not None, f"{module} is in no room: add it to ROOMS and to CONTRIBUTING.md"
-    for name, line in imports(MODULES[module]):
-        top = name.partition(".")[0]
-        if top in sys.stdlib_module_names:
-            continue
-        wanted = room_of(name) if top == "mergekit_obim" else top
-        allowed = wanted == room or wanted in ROOMS[room]
-        assert allowed, f"{MODULES[module]}:{line}: {room} may not import {name}"
+    for name, line in wanted_by(module).items():
+        assert name in allowed, (
+            f"{MODULES[module]}:{line}: {room} may not import {name}, says CONTRIBUTING.md's table"
+        )
 
 
-def test_rooms_have_no_cycle() -> None:
-    """The table itself goes down only: whatever a room may import stands above it."""
-    seen = {"mergekit_obim"}  # Its version; `register` is what breaks the cycle, by being lazy.
-    for room, allowed in list(ROOMS.items())[1:]:
-        ours = {name for name in allowed if name.startswith("mergekit_obim")}
-        assert ours <= seen, f"{room}: {ours - seen}"
-        seen.add(room)
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_table_names_nothing_else(room: str) -> None:
+    """What a room no longer imports is struck from its row, and a room that is gone with it."""
+    modules = [module for module in MODULES if room_of(module) == room]
+    assert modules, f"CONTRIBUTING.md's table has a row for {room}, which is no module of ours"
+    unused = (ROOMS[room] or set()).difference(*map(wanted_by, modules))
+    assert not unused, f"{room} imports none of {unused}: strike them in CONTRIBUTING.md's table"
+
+
+def test_the_table_goes_down() -> None:
+    """Whatever a room may import stands above it."""
+    rooms = list(ROOMS)
+    assert rooms[0] == "__init__"  # Its version; what it imports itself, it does when called.
+    for index, room in enumerate(rooms[1:], 1):
+        below = (ROOMS[room] or set()).intersection(rooms[index:])
+        assert not below, f"CONTRIBUTING.md's table has {below} below {room}, which imports them"
 
 
 def test_one_module_touches_what_mergekit_keeps_to_itself() -> None:
