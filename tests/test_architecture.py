@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -52,15 +54,6 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
             for alias in node.names:
                 whole = f"{node.module}.{alias.name}"
                 yield whole if whole in MODULES else node.module, node.lineno
-
-
-def load(code: str) -> set[str]:
-    """Runs code in a process of its own: the top-level modules loaded then, and ours in full."""
-    report = "\nimport sys; print(*sys.modules)"
-    command = [sys.executable, "-c", code + report]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = set(done.stdout.split())
-    return {name.partition(".")[0] for name in names} | (names & set(MODULES))
 
 
 @functools.cache
@@ -117,41 +110,79 @@ def test_one_module_touches_what_mergekit_keeps_to_itself() -> None:
     assert touching == {"mergekit_obim.methods.mergekit_hooks"}
 
 
-def test_package_is_light() -> None:
-    loaded = load("import mergekit_obim")
-    assert not loaded & {*HEAVY, "click", "pydantic", "safetensors"}
-    assert {name for name in loaded if name.startswith("mergekit_obim.")} == set()
+def within(*rooms: str) -> list[str]:
+    return [module for module in MODULES if room_of(module) in rooms]
 
 
-def test_kernels_know_neither_mergekit_nor_transformers() -> None:
-    kernels = [name for name in MODULES if name.startswith("mergekit_obim.kernels")]
-    loaded = load("".join(f"import {name}\n" for name in kernels))
-    assert "torch" in loaded
-    assert not loaded & {"datasets", "mergekit", "transformers"}
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """What each step has loaded: the top-level modules, and ours in full.
+
+    The steps share a process, from the lightest to the heaviest, because transformers and mergekit
+    take seconds to import. Ours are forgotten in between; of the others, a step counts as loaded
+    what those before it have loaded too.
+    """
+    steps = {
+        "the package": ["mergekit_obim"],
+        "a recipe": within("errors", "recipe"),
+        "the commands": within("commands"),
+        "kernels": within("kernels"),
+        "calibration": within("calibration"),
+        "methods": ["mergekit_obim.methods"],
+    }
+    code = """if True:
+        import importlib, json, sys
+        seen = {}
+        for step, modules in json.loads(sys.argv[1]).items():
+            for name in [name for name in sys.modules if name.startswith("mergekit_obim")]:
+                del sys.modules[name]
+            for name in modules:
+                importlib.import_module(name)
+            seen[step] = list(sys.modules)
+        print(json.dumps(seen))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(steps)],
+        cwd=ROOT,
+        # Where we are installed, importing mergekit registers the methods, and so loads them.
+        env={**os.environ, "MERGEKIT_OBIM_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(steps.values())
+    return {
+        step: {name.partition(".")[0] for name in names} | (set(names) & set(MODULES))
+        for step, names in json.loads(done.stdout).items()
+    }
 
 
-def test_reading_a_recipe_is_light() -> None:
+def test_package_is_light(loaded: dict[str, set[str]]) -> None:
+    names = loaded["the package"]
+    assert not names & {*HEAVY, "click", "pydantic", "safetensors"}
+    assert {name for name in names if name.startswith("mergekit_obim.")} == set()
+
+
+def test_reading_a_recipe_is_light(loaded: dict[str, set[str]]) -> None:
     """So that a misspelt one is told at once."""
-    recipe = [name for name in MODULES if name.startswith("mergekit_obim.recipe")]
-    assert not load("".join(f"import {name}\n" for name in recipe)) & HEAVY
+    assert not loaded["a recipe"] & HEAVY
 
 
-def test_merging_loads_no_calibration() -> None:
-    loaded = load("import mergekit_obim.methods")
-    assert "mergekit_obim.kernels" in loaded
-    assert not {name for name in loaded if name.startswith("mergekit_obim.calibration")}
+def test_command_line_is_light_until_it_works(loaded: dict[str, set[str]]) -> None:
+    assert not loaded["the commands"] & HEAVY
 
 
-def test_calibrating_loads_no_merging() -> None:
-    modules = [name for name in MODULES if name.startswith("mergekit_obim.calibration")]
-    # Where we are installed, importing mergekit registers the methods, and so loads them.
-    code = "import os; os.environ['MERGEKIT_OBIM_AUTOLOAD'] = '0'\n"
-    loaded = load(code + "".join(f"import {name}\n" for name in modules))
-    assert not loaded & {"mergekit_obim.methods", "mergekit_obim.saliency.locate"}
+def test_kernels_know_neither_mergekit_nor_transformers(loaded: dict[str, set[str]]) -> None:
+    assert "torch" in loaded["kernels"]
+    assert not loaded["kernels"] & {"datasets", "mergekit", "transformers"}
 
 
-def test_command_line_is_light_until_it_works() -> None:
-    commands = [name for name in MODULES if name.startswith("mergekit_obim.commands.")]
-    assert commands
-    for module in commands:
-        assert not load(f"import {module}") & HEAVY
+def test_calibrating_loads_no_merging(loaded: dict[str, set[str]]) -> None:
+    names = loaded["calibration"]
+    assert "mergekit_obim.kernels" in names
+    assert not names & {"mergekit_obim.methods", "mergekit_obim.saliency.locate"}
+
+
+def test_merging_loads_no_calibration(loaded: dict[str, set[str]]) -> None:
+    names = loaded["methods"]
+    assert "mergekit_obim.kernels" in names
+    assert not {name for name in names if name.startswith("mergekit_obim.calibration")}
