@@ -1,8 +1,11 @@
-"""Imports only go down, as CONTRIBUTING.md draws the house; what is said to be light, is."""
+"""Imports only go down, as CONTRIBUTING.md's table has the house; what is said to be light, is."""
 
 from __future__ import annotations
 
 import ast
+import functools
+import json
+import os
 import re
 import subprocess
 import sys
@@ -18,68 +21,25 @@ MODULES = {
     for path in sorted(PACKAGE.rglob("*.py"))
 }
 
-# What each room may import beside the standard library and itself. A room is a module or a
-# package, less what has a room of its own; `mergekit_obim` is the package's own `__init__`.
+# CONTRIBUTING.md's table says what each room may import beside the standard library and itself: the
+# names in backticks of its last column, libraries and rooms; None is everything. A room is a module
+# or a package, less what has a room of its own, and goes by its path: `__init__` is the package's.
+ROW = re.compile(r"^\| `([^`]+?)(?:/|\.py)` \|.*\| ([^|]+) \|$", re.MULTILINE)
+TABLE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROOMS = {
-    "mergekit_obim": {"mergekit", "mergekit_obim.methods"},  # only once `register` is called
-    "mergekit_obim._autoload": {"mergekit_obim"},
-    "mergekit_obim.errors": {"click"},
-    "mergekit_obim.recipe": {"pydantic", "yaml", "mergekit_obim.errors"},
-    "mergekit_obim.kernels": {"numpy", "torch", "mergekit_obim.errors"},
-    "mergekit_obim.saliency": {
-        *("huggingface_hub", "numpy", "pydantic", "safetensors", "torch", "mergekit_obim"),
-        "mergekit_obim.errors",
-    },
-    "mergekit_obim.models": {
-        *("huggingface_hub", "mergekit", "safetensors", "torch", "transformers"),
-        *("filelock", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.calibration": {
-        *("accelerate", "datasets", "mergekit", "numpy", "PIL", "pyarrow", "pydantic"),
-        *("safetensors", "torch", "tqdm", "transformers", "mergekit_obim"),
-        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.methods": {
-        *("huggingface_hub", "mergekit", "numpy", "pydantic", "torch"),
-        *("mergekit_obim.errors", "mergekit_obim.kernels", "mergekit_obim.models"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
-    "mergekit_obim.dry_run": {
-        *("mergekit", "pydantic", "mergekit_obim", "mergekit_obim.errors"),
-        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.recipe"),
-    },
-    "mergekit_obim.kinship": {
-        *("mergekit", "torch", "tqdm", "yaml", "mergekit_obim.errors"),
-        *("mergekit_obim.kernels", "mergekit_obim.models", "mergekit_obim.recipe"),
-        "mergekit_obim.saliency",
-    },
-    "mergekit_obim.report": {
-        *("huggingface_hub", "jinja2", "matplotlib", "mergekit", "numpy", "torch", "yaml"),
-        *("mergekit_obim", "mergekit_obim.errors", "mergekit_obim.kernels"),
-        *("mergekit_obim.kinship", "mergekit_obim.methods", "mergekit_obim.models"),
-        *("mergekit_obim.dry_run", "mergekit_obim.saliency"),
-    },
-    # Asks both sides what they would say, so it stands above them.
-    "mergekit_obim.check": {
-        *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
-        *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
-        *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.dry_run"),
-        *("mergekit_obim.recipe", "mergekit_obim.saliency"),
-    },
+    room.replace("/", "."): None if cell == "everything" else set(re.findall("`([^`]+)`", cell))
+    for room, cell in ROW.findall(TABLE)
 }
-EVERYTHING = {"mergekit_obim.commands"}
 HEAVY = {"datasets", "mergekit", "numpy", "torch", "transformers"}
 
 
 def room_of(module: str) -> str | None:
     """The innermost room that a module of ours is in; None if it is in none."""
-    parts = module.split(".")
-    prefixes = [".".join(parts[:length]) for length in range(len(parts), 1, -1)]
     if module == "mergekit_obim":
-        return module
-    return next((name for name in prefixes if name in ROOMS or name in EVERYTHING), None)
+        return "__init__"
+    parts = module.split(".")[1:]
+    prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next((prefix for prefix in prefixes if prefix in ROOMS), None)
 
 
 def imports(path: Path) -> Iterator[tuple[str, int]]:
@@ -96,37 +56,52 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
                 yield whole if whole in MODULES else node.module, node.lineno
 
 
-def load(code: str) -> set[str]:
-    """Runs code in a process of its own: the top-level modules loaded then, and ours in full."""
-    report = "\nimport sys; print(*sys.modules)"
-    command = [sys.executable, "-c", code + report]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    names = set(done.stdout.split())
-    return {name.partition(".")[0] for name in names} | (names & set(MODULES))
+@functools.cache
+def wanted_by(module: str) -> dict[str, int]:
+    """The rooms and the libraries that a module imports, each with the line of an import."""
+    wanted = {}
+    for name, line in imports(MODULES[module]):
+        top = name.partition(".")[0]
+        if top == "mergekit_obim":
+            wanted[room_of(name) or name] = line
+        elif top not in sys.stdlib_module_names:
+            wanted[top] = line
+    wanted.pop(room_of(module) or module, None)
+    return wanted
 
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down(module: str) -> None:
     room = room_of(module)
-    if room in EVERYTHING:
+    assert room is not None, (
+        f"{module} is in no room: add a row to the table in CONTRIBUTING.md, below all that it "
+        "imports and above all that import it"
+    )
+    allowed = ROOMS[room]
+    if allowed is None:
         return
-    assert room is not None, f"{module} is in no room: add it to ROOMS and to CONTRIBUTING.md"
-    for name, line in imports(MODULES[module]):
-        top = name.partition(".")[0]
-        if top in sys.stdlib_module_names:
-            continue
-        wanted = room_of(name) if top == "mergekit_obim" else top
-        allowed = wanted == room or wanted in ROOMS[room]
-        assert allowed, f"{MODULES[module]}:{line}: {room} may not import {name}"
+    for name, line in wanted_by(module).items():
+        assert name in allowed, (
+            f"{MODULES[module]}:{line}: {room} may not import {name}, says CONTRIBUTING.md's table"
+        )
 
 
-def test_rooms_have_no_cycle() -> None:
-    """The table itself goes down only: whatever a room may import stands above it."""
-    seen = {"mergekit_obim"}  # Its version; `register` is what breaks the cycle, by being lazy.
-    for room, allowed in list(ROOMS.items())[1:]:
-        ours = {name for name in allowed if name.startswith("mergekit_obim")}
-        assert ours <= seen, f"{room}: {ours - seen}"
-        seen.add(room)
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_table_names_nothing_else(room: str) -> None:
+    """What a room no longer imports is struck from its row, and a room that is gone with it."""
+    modules = [module for module in MODULES if room_of(module) == room]
+    assert modules, f"CONTRIBUTING.md's table has a row for {room}, which is no module of ours"
+    unused = (ROOMS[room] or set()).difference(*map(wanted_by, modules))
+    assert not unused, f"{room} imports none of {unused}: strike them in CONTRIBUTING.md's table"
+
+
+def test_the_table_goes_down() -> None:
+    """Whatever a room may import stands above it."""
+    rooms = list(ROOMS)
+    assert rooms[0] == "__init__"  # Its version; what it imports itself, it does when called.
+    for index, room in enumerate(rooms[1:], 1):
+        below = (ROOMS[room] or set()).intersection(rooms[index:])
+        assert not below, f"CONTRIBUTING.md's table has {below} below {room}, which imports them"
 
 
 def test_one_module_touches_what_mergekit_keeps_to_itself() -> None:
@@ -135,41 +110,79 @@ def test_one_module_touches_what_mergekit_keeps_to_itself() -> None:
     assert touching == {"mergekit_obim.methods.mergekit_hooks"}
 
 
-def test_package_is_light() -> None:
-    loaded = load("import mergekit_obim")
-    assert not loaded & {*HEAVY, "click", "pydantic", "safetensors"}
-    assert {name for name in loaded if name.startswith("mergekit_obim.")} == set()
+def within(*rooms: str) -> list[str]:
+    return [module for module in MODULES if room_of(module) in rooms]
 
 
-def test_kernels_know_neither_mergekit_nor_transformers() -> None:
-    kernels = [name for name in MODULES if name.startswith("mergekit_obim.kernels")]
-    loaded = load("".join(f"import {name}\n" for name in kernels))
-    assert "torch" in loaded
-    assert not loaded & {"datasets", "mergekit", "transformers"}
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """What each step has loaded: the top-level modules, and ours in full.
+
+    The steps share a process, from the lightest to the heaviest, because transformers and mergekit
+    take seconds to import. Ours are forgotten in between; of the others, a step counts as loaded
+    what those before it have loaded too.
+    """
+    steps = {
+        "the package": ["mergekit_obim"],
+        "a recipe": within("errors", "recipe"),
+        "the commands": within("commands"),
+        "kernels": within("kernels"),
+        "calibration": within("calibration"),
+        "methods": ["mergekit_obim.methods"],
+    }
+    code = """if True:
+        import importlib, json, sys
+        seen = {}
+        for step, modules in json.loads(sys.argv[1]).items():
+            for name in [name for name in sys.modules if name.startswith("mergekit_obim")]:
+                del sys.modules[name]
+            for name in modules:
+                importlib.import_module(name)
+            seen[step] = list(sys.modules)
+        print(json.dumps(seen))"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(steps)],
+        cwd=ROOT,
+        # Where we are installed, importing mergekit registers the methods, and so loads them.
+        env={**os.environ, "MERGEKIT_OBIM_AUTOLOAD": "0"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert all(steps.values())
+    return {
+        step: {name.partition(".")[0] for name in names} | (set(names) & set(MODULES))
+        for step, names in json.loads(done.stdout).items()
+    }
 
 
-def test_reading_a_recipe_is_light() -> None:
+def test_package_is_light(loaded: dict[str, set[str]]) -> None:
+    names = loaded["the package"]
+    assert not names & {*HEAVY, "click", "pydantic", "safetensors"}
+    assert {name for name in names if name.startswith("mergekit_obim.")} == set()
+
+
+def test_reading_a_recipe_is_light(loaded: dict[str, set[str]]) -> None:
     """So that a misspelt one is told at once."""
-    recipe = [name for name in MODULES if name.startswith("mergekit_obim.recipe")]
-    assert not load("".join(f"import {name}\n" for name in recipe)) & HEAVY
+    assert not loaded["a recipe"] & HEAVY
 
 
-def test_merging_loads_no_calibration() -> None:
-    loaded = load("import mergekit_obim.methods")
-    assert "mergekit_obim.kernels" in loaded
-    assert not {name for name in loaded if name.startswith("mergekit_obim.calibration")}
+def test_command_line_is_light_until_it_works(loaded: dict[str, set[str]]) -> None:
+    assert not loaded["the commands"] & HEAVY
 
 
-def test_calibrating_loads_no_merging() -> None:
-    modules = [name for name in MODULES if name.startswith("mergekit_obim.calibration")]
-    # Where we are installed, importing mergekit registers the methods, and so loads them.
-    code = "import os; os.environ['MERGEKIT_OBIM_AUTOLOAD'] = '0'\n"
-    loaded = load(code + "".join(f"import {name}\n" for name in modules))
-    assert not loaded & {"mergekit_obim.methods", "mergekit_obim.saliency.locate"}
+def test_kernels_know_neither_mergekit_nor_transformers(loaded: dict[str, set[str]]) -> None:
+    assert "torch" in loaded["kernels"]
+    assert not loaded["kernels"] & {"datasets", "mergekit", "transformers"}
 
 
-def test_command_line_is_light_until_it_works() -> None:
-    commands = [name for name in MODULES if name.startswith("mergekit_obim.commands.")]
-    assert commands
-    for module in commands:
-        assert not load(f"import {module}") & HEAVY
+def test_calibrating_loads_no_merging(loaded: dict[str, set[str]]) -> None:
+    names = loaded["calibration"]
+    assert "mergekit_obim.kernels" in names
+    assert not names & {"mergekit_obim.methods", "mergekit_obim.saliency.locate"}
+
+
+def test_merging_loads_no_calibration(loaded: dict[str, set[str]]) -> None:
+    names = loaded["methods"]
+    assert "mergekit_obim.kernels" in names
+    assert not {name for name in names if name.startswith("mergekit_obim.calibration")}

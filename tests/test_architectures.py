@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 FEWEST_ROWS = 32
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
-OUTDATED = "docs/architectures.md is out of date: run `python tests/write_architectures.py`"
+OUTDATED = "docs/architectures.md is out of date: run `python tests/helpers/write_architectures.py`"
 
 
 @cache

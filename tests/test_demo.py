@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from transformers import AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import demo
 from benchmarks.corpus import SPLITS, TASKS, Corpus, load_corpus

@@ -76,6 +76,11 @@ _LANGUAGE = {
 }  # fmt: skip
 
 
+# What needs no shell: one command, perhaps with a file for its output or the exit status it has.
+_SIMPLE = re.compile(
+    r"(?P<words>[^\n<>|&;$\\]+?)(?: > (?P<file>[\w.]+))?(?: \|\| test \$\? = (?P<code>\d+))?"
+)
+
 # Within this process, as a new one takes seconds to import what they need.
 COMMANDS: dict[str, Callable[..., Result]] = {
     "obim-saliency": obim_saliency,
@@ -152,12 +157,20 @@ class Reader:
         self.printed = [line.rstrip() for line in re.split(r"[\r\n]+", text)]
 
     def _printed(self, text: str) -> str:
-        command, *words = shlex.split(text, comments=True)
-        if not self.in_shell and command in COMMANDS and not re.search(r"[\n<>|&;$\\]", text):
+        simple = _SIMPLE.fullmatch(text.strip())
+        command, *words = shlex.split(simple["words"] if simple else "", comments=True) or [""]
+        if not self.in_shell and simple and command in COMMANDS:
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr(logging.root, "handlers", [])  # pytest's: the command sets its own
-                result = succeed(COMMANDS[command](*words))
-            return f"{result.stdout}\n{result.stderr}\n"
+                result = COMMANDS[command](*words)
+            if simple["code"]:
+                assert isinstance(result.exception, SystemExit), result.exception
+                assert result.exit_code == int(simple["code"]), result.output
+            else:
+                succeed(result)
+            if simple["file"]:
+                (self.folder / simple["file"]).write_text(result.stdout, encoding="utf-8")
+            return f"{'' if simple['file'] else result.stdout}\n{result.stderr}\n"
         binaries = Path(sys.executable).parent
         environment = {
             **os.environ,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import lab as lab_module

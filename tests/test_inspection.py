@@ -28,14 +28,7 @@ ACCESS = SimpleNamespace(trust_remote_code=False, transformers_cache=None, lora_
 DOWN = "model.layers.0.mlp.down_proj.weight"
 HEAD = "lm_head.weight"
 
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Models this small only lose time to threads."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

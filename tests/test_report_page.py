@@ -156,43 +156,49 @@ def chromium(*options: str) -> str:
     return done.stdout
 
 
-def measure(page: Path, folder: Path, width: int, *, unfolded: bool) -> dict[str, Any]:
-    """The page's layout in a frame of that many pixels."""
-    content = page.read_text(encoding="utf-8")
-    if unfolded:
-        content = content.replace("<details>", "<details open>")
+WIDTHS = (320, 390, 1280)
+
+
+@pytest.fixture(scope="module")
+def layouts(page: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """The page's layout in frames of so many pixels, folded and unfolded, by one browser."""
     script = """
-      const frame = document.querySelector("iframe"), doc = frame.contentDocument;
+      const doc = this.contentDocument;
       const boxes = [...doc.querySelectorAll("svg")].map(s => s.getBoundingClientRect());
       const letters = [...doc.querySelectorAll("svg text")].map(t => t.getBoundingClientRect());
-      document.title = JSON.stringify({
+      this.dataset.layout = JSON.stringify({
         wide: doc.documentElement.scrollWidth,
         right: Math.max(...boxes.map(b => b.right)), left: Math.min(...boxes.map(b => b.left)),
         letters: Math.min(...letters.map(b => Math.min(b.height, b.width > 0 ? b.height : 99))),
-        outside: letters.filter(b => b.right > frame.clientWidth + 1 || b.left < -1).length,
+        outside: letters.filter(b => b.right > this.clientWidth + 1 || b.left < -1).length,
         focusable: [...doc.querySelectorAll("summary, [tabindex]")]
           .filter(e => e.tabIndex < 0).length,
         summaries: Math.min(...[...doc.querySelectorAll("summary")].map(e => e.offsetHeight)),
       });"""
-    frame = folder / f"frame-{width}-{unfolded}.html"
-    frame.write_text(
-        f'<iframe width="{width}" height="900" frameborder="0" srcdoc="{html.escape(content)}" '
-        f"onload='{html.escape(script, quote=True)}'></iframe>",
+    folded = page.read_text(encoding="utf-8")
+    contents = {False: folded, True: folded.replace("<details>", "<details open>")}
+    frames = tmp_path_factory.mktemp("layouts") / "frames.html"
+    frames.write_text(
+        "\n".join(
+            f'<iframe id="{width}-{unfolded}" width="{width}" height="900" frameborder="0" '
+            f'onload="{html.escape(script)}" srcdoc="{html.escape(content)}"></iframe>'
+            for unfolded, content in contents.items()
+            for width in WIDTHS
+        ),
         encoding="utf-8",
     )
-    found = chromium("--dump-dom", "--virtual-time-budget=5000", frame.as_uri())
-    title = re.search(r"<title>(.*?)</title>", found)
-    assert title, found[:500]
-    layout: dict[str, Any] = json.loads(html.unescape(title[1]))
-    return layout
+    found = chromium("--dump-dom", "--virtual-time-budget=5000", frames.as_uri())
+    tags = re.findall(r"<iframe id=\"([^\"]+)\"[^>]*? data-layout=\"([^\"]*)\"", found)
+    assert len(tags) == 2 * len(WIDTHS), found[:500]
+    return {name: json.loads(html.unescape(layout)) for name, layout in tags}
 
 
 @browser
 @pytest.mark.slow
-@pytest.mark.parametrize("width", [320, 390, 1280])
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("unfolded", [False, True])
-def test_it_fits_any_width(page: Path, tmp_path: Path, width: int, unfolded: bool) -> None:
-    layout = measure(page, tmp_path, width, unfolded=unfolded)
+def test_it_fits_any_width(layouts: dict[str, dict[str, Any]], width: int, unfolded: bool) -> None:
+    layout = layouts[f"{width}-{unfolded}"]
     assert layout["wide"] <= width  # nothing scrolls sideways but tables, in their own frame
     assert layout["left"] >= 0
     assert layout["right"] <= width

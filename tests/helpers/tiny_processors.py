@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{% if item['type'] == 'image' %}IMAGE_TOKEN{% else %}{{ item['text'] }}{% endif %}"
     "{% endfor %}{{ eos_token }}{% endfor %}"
 )
-# What each model is built with beside tests/architectures.py's options.
+# What each model is built with beside architectures.py's options.
 _CONFIG: dict[str, dict[str, Any]] = {
     "gemma3vl": {
         "image_token_index": IMAGE,
@@ -67,7 +67,7 @@ AutoProcessor.register(transformers.Qwen2_5_VLConfig, ImagesOnly, exist_ok=True)
 
 
 def architecture(name: str) -> Architecture:
-    """The one of that name in tests/architectures.py, for a byte tokenizer with image tokens."""
+    """The one of that name in architectures.py, for a byte tokenizer with image tokens."""
     known = ARCHITECTURES[name]
     text = {
         **known.options["text_config"],

@@ -1,4 +1,4 @@
-"""Writes docs/architectures.md: ``python tests/write_architectures.py`` (a few minutes).
+"""Writes docs/architectures.md: ``python tests/helpers/write_architectures.py`` (a few minutes).
 
 Every architecture of the table is built, measured on a few tokens, and merged by mergekit itself
 with one that differs, whose result is compared tensor by tensor. ``test_architectures.py`` checks
@@ -27,13 +27,13 @@ from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.models.names import weight_names
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 HEAD = """# Architectures
 
 Every architecture that mergekit 0.1.5 defines and transformers 5 builds without remote code, and
-some of those that mergekit infers. `tests/write_architectures.py` writes this page from tiny models
-with random weights. `tests/test_architectures.py` compares each h with a reference that takes
-gradients instead of watching operations.
+some of those that mergekit infers. `tests/helpers/write_architectures.py` writes this page from
+tiny models with random weights. `tests/test_architectures.py` compares each h with a reference that
+takes gradients instead of watching operations.
 
 - *tensors*: the model's parameters, a tied one once.
 - *scored*: those that get an h from text. The others are named, with the reason, by the pre-pass

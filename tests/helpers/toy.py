@@ -1,6 +1,6 @@
 """A toy base and two experts, with calibration data: what the documents' commands run on.
 
-    python tests/toy.py DIR
+    python tests/helpers/toy.py DIR
 
 writes ``DIR/models/{base,math,code}``, three-layer byte-level Llamas of random weights, and
 ``DIR/data/{math,code}.jsonl``. They take seconds to measure and to merge, and write nonsense;
