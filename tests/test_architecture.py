@@ -62,7 +62,7 @@ ROOMS = {
         *("mergekit_obim.planned", "mergekit_obim.saliency"),
     },
     # Asks both sides what they would say, so it stands above them.
-    "mergekit_obim.check": {
+    "mergekit_obim.checking": {
         *("huggingface_hub", "mergekit", "pydantic", "torch", "transformers"),
         *("mergekit_obim.calibration", "mergekit_obim.errors", "mergekit_obim.kernels"),
         *("mergekit_obim.methods", "mergekit_obim.models", "mergekit_obim.planned"),
