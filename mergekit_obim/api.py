@@ -75,6 +75,11 @@ __all__ = ["ExpertSaliency", "check", "measure", "merge", "read_saliency", "writ
 
 LOG = logging.getLogger("mergekit_obim")
 
+# The steps of the pre-pass that a model in memory takes too, without a checkpoint to open.
+_length_limit, _check_vocabulary = running._length_limit, running._check_vocabulary
+_calibration_record, _entries = running._record, running._entries
+_pooled_warnings = running._pooled
+
 PathLike: TypeAlias = str | os.PathLike[str]
 # What a model may be given as: a folder or a name on the Hub, or its weights in memory.
 Weights: TypeAlias = PathLike | Mapping[str, Tensor] | nn.Module
@@ -365,9 +370,9 @@ def _measure_loaded(
             raise CalibrationError("has images: give the model's processor as tokenizer")
         return processor
 
-    limit = running._length_limit(tokenizer, config)
+    limit = _length_limit(tokenizer, config)
     data = prepare(calibration, tokenizer, label, limit, find_processor)
-    running._check_vocabulary(label, data, config)
+    _check_vocabulary(label, data, config)
     weights = dict(revert_weight_conversion(model, model.state_dict()))
     aliases = _aliases([weights])
     stored = _Stored({name: t for name, t in weights.items() if name not in aliases})
@@ -395,15 +400,15 @@ def _measure_loaded(
             raise CalibrationError(
                 f"model {label}: its forward pass failed on calibration data: {quoted(error)}"
             ) from error
-    h, found = running._entries(model, capture, names, cast(Any, stored))
+    h, found = _entries(model, capture, names, cast(Any, stored))
     if not h:
         raise CalibrationError(
             f"model {label}: not one of its weights could be scored: "
             + "; ".join(sorted(set(found["unscored"].values())))
         )
-    for warning in [*data.warnings, *running._pooled(found["experts"])]:
+    for warning in [*data.warnings, *_pooled_warnings(found["experts"])]:
         LOG.warning("%s: %s", label, warning)
-    record = running._record(calibration, data, config)
+    record = _calibration_record(calibration, data, config)
     metadata = SaliencyMetadata(
         form="factored",
         model=label,
