@@ -58,10 +58,10 @@ def read_calibration(
         expert.calibration,
         tokenizer,
         expert.model,
-        _length_limit(tokenizer, config),
+        length_limit(tokenizer, config),
         cache(lambda: _processor(places, options, config, tokenizer)),
     )
-    _check_vocabulary(expert.model, data, config)
+    check_vocabulary(expert.model, data, config)
     return data
 
 
@@ -149,7 +149,7 @@ def _has(place: ModelPath, files: Collection[str], options: RunOptions) -> bool:
     )
 
 
-def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
+def length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> int | None:
     """Return the most tokens that a sequence may have, or None if there is no such limit."""
     positions = getattr(config, "max_position_embeddings", None)
     limits = [limit for limit in (int(tokenizer.model_max_length), positions) if limit]
@@ -157,7 +157,7 @@ def _length_limit(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) 
     return limit if (limit := min(limits)) < 1 << 24 else None
 
 
-def _check_vocabulary(label: str, data: TokenizedCalibration, config: PretrainedConfig) -> None:
+def check_vocabulary(label: str, data: TokenizedCalibration, config: PretrainedConfig) -> None:
     """Refuse tokens that the model has no embedding for.
 
     On a CPU they would end the run with an IndexError, on a GPU they would break the device.

@@ -43,7 +43,7 @@ def expected_metadata(
         options: Of them, the form of the file and the dtype that the merge rounds to.
         base: The base's checkpoint, for a dense file.
     """
-    calibration = _calibration_record(expert.calibration, data, model.config)
+    calibration = calibration_record(expert.calibration, data, model.config)
     if base:  # δ²·h depends on the base too
         calibration["base"] = base.label
         calibration["base_weights"] = base.digest()
@@ -59,7 +59,7 @@ def expected_metadata(
     )
 
 
-def _calibration_record(
+def calibration_record(
     calibration: Calibration, data: TokenizedCalibration, config: PretrainedConfig
 ) -> dict[str, Any]:
     """Return what the measurement depends on beside the weights, JSON-able.

@@ -204,7 +204,7 @@ def _check(
     if fixed and fixed.exists() and not options["overwrite"]:
         raise RecipeError(f"--fix {fixed}: is there already: name another file, or --overwrite")
 
-    from mergekit_obim import check as checking
+    from mergekit_obim import checking
 
     run_options = _run_options(documents[0].content, options)
     if fixed is None:
@@ -254,7 +254,7 @@ def _measure(
 
     from mergekit.common import ModelReference
 
-    from mergekit_obim import check as checking
+    from mergekit_obim import checking
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
     from mergekit_obim.dry_run import read_recipe

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from mergekit_obim.check.estimate import Cost
+from mergekit_obim.checking.estimate import Cost
 from mergekit_obim.recipe.faults import Fault, fold
 
 

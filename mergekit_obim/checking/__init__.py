@@ -24,10 +24,10 @@ from mergekit.config import MergeConfiguration
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.run import Prepared, prepare_expert
-from mergekit_obim.check.adapters import check_adapters
-from mergekit_obim.check.estimate import merge_cost, prepass_cost
-from mergekit_obim.check.models import check_models, check_plan, expert_references
-from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.checking.adapters import check_adapters
+from mergekit_obim.checking.estimate import merge_cost, prepass_cost
+from mergekit_obim.checking.models import check_models, check_plan, expert_references
+from mergekit_obim.checking.verdict import Verdict
 from mergekit_obim.dry_run import read_recipe
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod

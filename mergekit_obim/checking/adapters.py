@@ -9,7 +9,7 @@ from mergekit.common import ModelPath, ModelReference
 from mergekit.config import MergeConfiguration
 
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.checking.verdict import Verdict
 from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.adapters import adapter_warnings, check_adapter, look_up

@@ -10,7 +10,7 @@ from mergekit.config import MergeConfiguration
 from mergekit.options import MergeOptions
 
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.check.verdict import Verdict
+from mergekit_obim.checking.verdict import Verdict
 from mergekit_obim.dry_run import plan_and_collect
 from mergekit_obim.errors import (
     ObimError,
