@@ -1,8 +1,8 @@
 """Writes docs/architectures.md: ``python tests/write_architectures.py`` (a few minutes).
 
-Every architecture of the table is built, measured on a few tokens, and merged by mergekit itself
-with one that differs, whose result is compared tensor by tensor. ``test_architectures.py`` checks
-the page's numbers, all but the last column.
+For every architecture in the table, two models are built, one is measured on a few tokens, and
+mergekit itself merges both; the result is compared tensor by tensor. ``test_architectures.py``
+checks all columns of the page but the last.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from mergekit_obim.models.names import weight_names
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 HEAD = """# Architectures
 
-Every architecture that mergekit 0.1.5 defines and transformers 5 builds without remote code, and
-some of those that mergekit infers. `tests/write_architectures.py` writes this page from tiny models
-with random weights. `tests/test_architectures.py` compares each h with a reference that takes
-gradients instead of watching operations.
+This page lists every architecture that mergekit 0.1.5 defines and transformers 5 can build without
+remote code, and some that mergekit infers. `tests/write_architectures.py` generates it from tiny
+models with random weights. `tests/test_architectures.py` compares each h with a reference that uses
+gradients and does not look at operations.
 
-- *tensors*: the model's parameters, a tied one once.
-- *scored*: those that get an h from text. The others are named, with the reason, by the pre-pass
-  and by the merge, which ranks them as the recipe's [unscored](recipes.md#unscored) says. Layers
-  are counted together as `N`. Vision towers get an h from [images](recipes.md#images).
-- *merged*: whether mergekit's own `linear` merge of two such models has every tensor of them, each
-  the mean of both. Where it has not, the reason lies in mergekit or in transformers: no method of
-  ours is involved.
+- *tensors*: the number of parameters; tied parameters count once.
+- *scored*: how many of them get an h from text. The pre-pass and the merge name the others and the
+  reason, and the merge ranks them as the recipe's [unscored](recipes.md#unscored) says. `N` stands
+  for all layers. Vision towers get an h from [images](recipes.md#images).
+- *merged*: whether mergekit's own `linear` merge of two such models has all their tensors, each the
+  mean of both. Where it does not, the cause is in mergekit or transformers, as none of our methods
+  is involved.
 
 | architecture | class | mergekit | tensors | scored | unscored, and why | merged |
 |---|---|---|---|---|---|---|
