@@ -30,10 +30,10 @@ from mergekit_obim.models.names import weight_names
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
 HEAD = """# Architectures
 
-This page lists every architecture that mergekit 0.1.5 defines and transformers 5 can build without
-remote code, and some that mergekit infers. `tests/write_architectures.py` generates it from tiny
-models with random weights. `tests/test_architectures.py` compares each h with a reference that uses
-gradients and does not look at operations.
+Every architecture that mergekit 0.1.5 defines and transformers 5 builds without remote code, and
+some of those that mergekit infers. `tests/write_architectures.py` writes this page from tiny models
+with random weights. `tests/test_architectures.py` compares each h with a reference that takes
+gradients instead of watching operations.
 
 - *tensors*: the number of parameters; tied parameters count once.
 - *scored*: how many of them get an h from text. The pre-pass and the merge name the others and the
