@@ -1,4 +1,4 @@
-"""What `make bench` runs: the cost of an OBIM merge beside mergekit's own methods.
+"""What `make bench` runs: the cost of an OBIM merge compared with mergekit's own methods.
 
     python -m benchmarks.bench [--smoke] [--cache .cache/bench] [--runs 3]
 
@@ -264,17 +264,18 @@ def _whole_runs_table(figures: dict[str, Any]) -> list[str]:
 
 def _kernels_table(kernel: dict[str, Any]) -> list[str]:
     what = {
-        "select_one": "the k-th value and the positions that reach it, k a third of all",
-        "claim_one": "the same and the scores: one expert's share, by saliency",
+        "select_one": "the k-th largest score and the positions that reach it, k = a third",
+        "claim_one": "the same, computing the scores too: one expert's share, by saliency",
         "masks_saliency": "masks, by saliency",
         "masks_magnitude": "masks, by magnitude",
         "masks_random": "masks, at random",
         "merge": "the merged tensor from the masks",
     }
+    copy = 1000 * kernel["copy_seconds"]
     return [
         f"### Kernels: {kernel['elements']:,} elements, {kernel['experts']} bf16 experts",
         "",
-        f"| kernel | copies of the tensor as float32 ({1000 * kernel['copy_seconds']:.0f} ms) |",
+        f"| kernel | time, in copies of the tensor as float32 ({copy:.0f} ms) |",
         "|---|---|",
         *(f"| {text} | {kernel[name]:.1f} |" for name, text in what.items()),
     ]

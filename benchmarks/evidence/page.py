@@ -99,7 +99,7 @@ def _models(seeds: Seeds) -> list[str]:
         row("Task Arithmetic, weight 1/K", lambda one, task: one["average"]["loss"][task]),
     ]
     held = sum(one["guard"] for one in seeds.values())
-    guard = f"The even average beats the base on every task with {held} of {len(seeds)} seeds."
+    guard = f"The even average beats the base on every task for {held} of {len(seeds)} seeds."
     return [*_table(["model", *tasks], rows), "", guard]
 
 
@@ -118,7 +118,7 @@ def _methods(seeds: Seeds) -> list[str]:
             means = [mean(one["recovery"]) for one in found]
             ahead = summary([ours - other for ours, other in zip(reference, means, strict=True)])
             rows.append([name, kind, f"**{summary(means)}**", ahead, *each, exact, how])
-    header = ["method", "setting", "mean", "nearest, default, is ahead by", *tasks, "sums right"]
+    header = ["method", "setting", "mean", "nearest, default, ahead by", *tasks, "correct sums"]
     return _table([*header, "settings"], rows)
 
 
@@ -173,8 +173,8 @@ FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "source": _crossed("math is calibrated on"),
     "samples": _crossed("samples"),
     "order": _by_task("order"),
-    "unscored": _crossed("half has no h"),
+    "unscored": _crossed("h left out for half"),
     "count": _count,
-    "answers": _by_task("answers right"),
+    "answers": _by_task("correct answers"),
     "forgetting": _by_task("loss"),
 }

@@ -1,8 +1,8 @@
 """Writes docs/architectures.md: ``python tests/helpers/write_architectures.py`` (a few minutes).
 
-Every architecture of the table is built, measured on a few tokens, and merged by mergekit itself
-with one that differs, whose result is compared tensor by tensor. ``test_architectures.py`` checks
-the page's numbers, all but the last column.
+For every architecture in the table, two models are built, one is measured on a few tokens, and
+mergekit itself merges both; the result is compared tensor by tensor. ``test_architectures.py``
+checks all columns of the page but the last.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ some of those that mergekit infers. `tests/helpers/write_architectures.py` write
 tiny models with random weights. `tests/test_architectures.py` compares each h with a reference that
 takes gradients instead of watching operations.
 
-- *tensors*: the model's parameters, a tied one once.
-- *scored*: those that get an h from text. The others are named, with the reason, by the pre-pass
-  and by the merge, which ranks them as the recipe's [unscored](recipes.md#unscored) says. Layers
-  are counted together as `N`. Vision towers get an h from [images](recipes.md#images).
-- *merged*: whether mergekit's own `linear` merge of two such models has every tensor of them, each
-  the mean of both. Where it has not, the reason lies in mergekit or in transformers: no method of
-  ours is involved.
+- *tensors*: the number of parameters; tied parameters count once.
+- *scored*: how many of them get an h from text. The pre-pass and the merge name the others and the
+  reason, and the merge ranks them as the recipe's [unscored](recipes.md#unscored) says. `N` stands
+  for all layers. Vision towers get an h from [images](recipes.md#images).
+- *merged*: whether mergekit's own `linear` merge of two such models has all their tensors, each the
+  mean of both. Where it does not, the cause is in mergekit or transformers, as none of our methods
+  is involved.
 
 | architecture | class | mergekit | tensors | scored | unscored, and why | merged |
 |---|---|---|---|---|---|---|
