@@ -155,6 +155,15 @@ def test_an_index_of_other_files(world: World, tmp_path: Path, math: Path) -> No
         says(line, f"model {math}", "does not hold model.other.weight")
 
 
+def test_an_index_that_was_left_behind(world: World, tmp_path: Path, math: Path) -> None:
+    """mergekit reads the shards that an index names, though a whole file lies beside it."""
+    where = dict.fromkeys(load_file(math / "model.safetensors"), "model-00001-of-00001.safetensors")
+    index = {"metadata": {}, "weight_map": where}
+    (math / "model.safetensors.index.json").write_text(json.dumps(index))
+    for line in in_every_command(world, math, tmp_path):
+        says(line, f"model {math}", "is missing", "delete model.safetensors.index.json")
+
+
 def test_a_file_that_goes_while_it_is_read(math: Path) -> None:
     model = opened(math)
     (math / "model.safetensors").unlink()

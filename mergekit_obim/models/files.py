@@ -108,6 +108,10 @@ def file_headers(path: Path, name: str) -> Mapping[str, TensorHeader]:
     """
     again = "get the file again"
     if not path.is_file():
+        single = path.with_name("model.safetensors")
+        if single.is_file():
+            # Left behind when the shards were joined; transformers reads the single file.
+            again += f", or delete {single.name}.index.json to have {single.name} read"
         raise UnreadableFileError(f"{name} is missing; {again}")
     with path.open("rb") as file:
         if file.read(len(_LFS_POINTER)) == _LFS_POINTER:
