@@ -17,11 +17,11 @@ from mergekit.common import ModelReference
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mergekit_obim import __version__
 from mergekit_obim.api.arguments import PathLike, calling, refuse, run_options
 from mergekit_obim.api.saliency import ExpertSaliency, read_saliency
-from mergekit_obim.api.weights import aliases_of
 from mergekit_obim.calibration import run as running
 from mergekit_obim.calibration.data import prepare
 from mergekit_obim.calibration.data.images import RowProcessor, placeholders
@@ -230,8 +230,10 @@ def _measure_stored(
     prepared = running.prepare_expert(expert, base, opened.models, folder, options, Ranks())
     measured = running.measure(prepared, options, Ranks())
     assert measured is not None  # there is no other process
-    for warning in [f.message for f in findings if f.level != "error"] + measured.warnings:
-        LOG.warning("%s: %s", reference, warning)
+    for finding in findings:
+        LOG.warning(finding.message)
+    for warning in measured.warnings:
+        LOG.warning("model %s: %s", reference, warning)
     return read_saliency(measured.path)
 
 
@@ -279,9 +281,9 @@ def _measure_loaded(
     limit = length_limit(tokenizer, config)
     data = prepare(calibration, tokenizer, label, limit, find_processor)
     check_vocabulary(label, data, config)
-    weights = dict(revert_weight_conversion(model, model.state_dict()))
-    aliases = aliases_of([weights])
-    stored = _Stored({name: t for name, t in weights.items() if name not in aliases})
+    # The steps of its save_pretrained.
+    untied = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    stored = _Stored(revert_weight_conversion(model, untied))
     # Before the run, which unties the tied among offloaded weights.
     names = weight_names(model, stored.names)
     with _evaluating(model):
@@ -313,7 +315,7 @@ def _measure_loaded(
             + "; ".join(sorted(set(found["unscored"].values())))
         )
     for warning in [*data.warnings, *pooled_warnings(found["experts"])]:
-        LOG.warning("%s: %s", label, warning)
+        LOG.warning("model %s: %s", label, warning)
     record = calibration_record(calibration, data, config)
     metadata = SaliencyMetadata(
         form="factored",
