@@ -135,7 +135,8 @@ def _check(
     method = merge_methods.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         verdict.warnings.append(
-            f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
+            f"merge_method: {method.spec.name} is not a method of mergekit-obim: its "
+            "parameters were not checked"
         )
     check_adapters(config, out_dir, options, verdict)
     opened = check_models(config, document.stages, options, verdict)

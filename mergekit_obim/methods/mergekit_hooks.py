@@ -1,21 +1,26 @@
 """All use of mergekit 0.1.5's private parts; nothing else in this package patches mergekit.
 
-mergekit calls a method with tensors and parameter values, but not with the *input* tensors' names,
-which a saliency is looked up by and which differ from the output's where ``slices`` move layers;
-and it calls a method only once it merges, when half a recipe may have been merged already. So its
-two planners are wrapped: `MergePlanner.plan_module` of mergekit-yaml, and `construct_param_dicts`
-of mergekit-pytorch. Wrapped, they check the whole recipe and hand the names on as ordinary
-parameters of mergekit's task graph. It is the method's own ``validate_inputs`` that wraps them.
+Two things are missing from mergekit's interface for merge methods:
 
-Before it plans, mergekit opens every model, and merges adapters, and ends with a traceback where
-one is not what it expects. So `get_architecture_info`, its first step with a recipe, is wrapped
-when our methods are registered: of a recipe with one of them the models are inspected first, and
-adapters are merged by `models.adapters`. With any other method nothing changes.
+1. The names of the *input* tensors, by which a saliency is looked up. They differ from the output's
+   name where ``slices`` move layers.
+2. A chance to refuse a recipe before the work begins. A method is first called to merge a tensor,
+   when half of the recipe may have been merged already.
 
-What would replace this module upstream, in `MergeMethod`: a `prepare(config, options)`, called
-before a model is opened; a `plan(config, tasks)`, called once after all tasks are planned and
-before one is run, that may refuse or return others; and the input tensor's own name in
-`TensorEntry`. Until then a mergekit that plans in another way ends in an error that says so
+So both planners are wrapped: `MergePlanner.plan_module` of mergekit-yaml and
+`construct_param_dicts` of mergekit-pytorch. The wrappers check the whole recipe, and pass the names
+on as ordinary parameters of mergekit's task graph. The method's own ``validate_inputs``, which each
+planner calls before it plans a tensor, puts them in place.
+
+Even before that, mergekit opens every model and merges adapters, with a traceback if anything is
+wrong with them. So its first step with a recipe, `get_architecture_info`, is wrapped when our
+methods are registered: if the recipe uses one of them, the models are inspected first, and adapters
+are merged by `models.adapters`. Recipes with other methods run as before.
+
+Upstream, three additions to `MergeMethod` would replace this module: a `prepare(config, options)`
+that is called before a model is opened; a `plan(config, tasks)` that is called once after all tasks
+are planned and before one is run, and may refuse or replace them; and the input tensor's own name
+in `TensorEntry`. Until then, a mergekit that plans in another way ends in an error that says so
 (``methods.base``), never in a guess.
 """
 

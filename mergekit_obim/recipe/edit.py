@@ -1,8 +1,8 @@
-"""Changing the text of a recipe where YAML's marks say, so that all the rest stays as it is.
+"""Editing the text of a recipe at the positions that PyYAML reports, and leaving the rest alone.
 
-A library that writes YAML anew (ruamel.yaml was tried) keeps comments, but loses those below a
-key that is taken out, and sets others and the indentation its own way. What a recipe needs is
-little: another name or value, a line out, a line in.
+ruamel.yaml, which writes the whole file again, was tried: it keeps comments, but loses those below
+a key that is removed, and changes the indentation. Recipes only need small edits: a key renamed, a
+value replaced, a line removed or added.
 """
 
 from __future__ import annotations

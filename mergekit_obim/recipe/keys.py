@@ -1,8 +1,8 @@
-"""Which keys a recipe has, and where: the one table, and the one walk over it.
+"""The keys that a recipe may have, as one table, and the one walk over a recipe.
 
-mergekit drops a key that it does not know without a word. What it knows is written down here and
-not asked of its pydantic models, because importing them takes seconds, and a misspelt recipe
-should be told at once; a test holds the table to them. A new key of ours goes into the ``ours`` of
+mergekit silently ignores keys that it does not know. Those that it knows are listed here instead of
+taken from its pydantic models, because importing those takes seconds, and a misspelt key should be
+reported at once; a test compares the table with them. A new key of ours is added to the ``ours`` of
 its section, and is known everywhere.
 """
 
@@ -68,7 +68,7 @@ SECTIONS = {
     "condition": Section(("value", "filter")),
 }
 INPUTS = ("model", "source")
-# Where parameters stand, in the words of an error; those of one model are told by its name.
+# The names of `parameters` in messages; those of one model go by its name.
 PARAMETERS = {
     "recipe": "parameters",
     "module": "module parameters",
