@@ -9,11 +9,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv test test-large test-real lint types demo bench evidence build clean
+.PHONY: help venv test test-fast test-large test-real lint types demo bench evidence build clean
 
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
 	@echo "make test   run the tests"
+	@echo "make test-fast  all but those marked slow: what to run after each change (under a minute)"
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (22 minutes)"
 	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (20 minutes)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
@@ -36,9 +37,12 @@ $(STAMP): pyproject.toml constraints.txt $(wildcard mergekit_obim/_autoload/*)
 	touch $@
 
 # One thread for each of the test processes: more would wait for each other.
-test: export OMP_NUM_THREADS = 1
+test test-fast: export OMP_NUM_THREADS = 1
 test: $(STAMP)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS) -m "not slow and not large and not real"
 
 test-large: $(STAMP)
 	$(BIN)/python -m pytest -m large tests/test_large.py -s

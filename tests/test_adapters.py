@@ -279,6 +279,7 @@ def test_an_adapter_that_is_written_meanwhile(
     assert list(setting.cache.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", ["adapter", "base"])
 def test_saliency_of_what_an_adapter_was_before(setting: Setting, changes: str) -> None:
     says(succeed(setting.pre_pass()).output, "scored")

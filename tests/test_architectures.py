@@ -57,6 +57,7 @@ def mean(total: Tensor, rows: int | list[int]) -> Tensor:
     return h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_h_equals_the_reference(name: str) -> None:
     model = ARCHITECTURES[name].build()

@@ -541,6 +541,7 @@ def test_python_api_and_children(environment: Environment, tmp_path: Path) -> No
     run(environment.python, "-I", program, cwd=tmp_path)
 
 
+@pytest.mark.slow
 def test_switched_off_or_broken(wheel: Path, packages: Path, tmp_path: Path) -> None:
     """mergekit works without us, silently if we are switched off, with one warning if broken."""
     environment = Environment.create(tmp_path / "venv", packages)
@@ -564,6 +565,7 @@ def test_switched_off_or_broken(wheel: Path, packages: Path, tmp_path: Path) -> 
     assert done.stderr.count("mergekit-obim stays out: RuntimeError: broken on purpose") == 1
 
 
+@pytest.mark.slow
 def test_uninstall_leaves_no_file(
     source: tuple[object, ...], packages: Path, tmp_path: Path
 ) -> None:

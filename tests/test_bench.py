@@ -28,6 +28,7 @@ def output(cache: Path) -> str:
     return result.output
 
 
+@pytest.mark.slow
 def test_it_ends_with_one_line_of_json_that_says_what_the_table_says(output: str) -> None:
     figures = json.loads(output.splitlines()[-1])
     assert bench.tables(figures) == output.rsplit("\n", 2)[0]
@@ -37,6 +38,7 @@ def test_it_ends_with_one_line_of_json_that_says_what_the_table_says(output: str
     assert all(run["seconds"] > 0 and run["peak_gib"] > 0 for run in runs.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("output")
 def test_the_merge_that_it_times_is_exact(cache: Path) -> None:
     """Of mergekit-yaml's own process, which the benchmark started last with obim."""

@@ -52,6 +52,7 @@ def test_training_learns_and_repeats_itself(corpus: Corpus) -> None:
     assert losses[0][1] < losses[0][0] - 1
 
 
+@pytest.mark.slow
 def test_the_demo_runs_and_keeps_what_it_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -161,6 +161,7 @@ dtype: bfloat16
 """
 
 
+@pytest.mark.slow
 def test_one_recipe_two_commands(world: World, tmp_path: Path) -> None:
     for name in ("base", "math", "code"):
         shutil.copytree(world.root / name, tmp_path / "models" / name)
@@ -347,6 +348,7 @@ def resized(name: str) -> transformers.PreTrainedModel:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "qwen3", "bert-classifier", "roberta-masked"])
 def test_other_architectures(world: World, tmp_path: Path, name: str) -> None:
     """Conv1D, tied heads, learned positions, encoders, biases, LayerNorms."""

@@ -948,6 +948,7 @@ def test_killed_prepass_leaves_no_half_file(
 # --- in processes of their own -------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_line_in_real_processes(world: World, tmp_path: Path) -> None:
     """And with -v, where the error came from."""
     recipe = world.recipe(models=world.models(density=0.6))

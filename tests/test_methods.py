@@ -484,6 +484,7 @@ def test_registering_again_changes_nothing() -> None:
 # --- threads -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_threads_change_nothing(family: Family, tmp_path: Path) -> None:
     """With mergekit's own -j, in a process of its own: it also sets the interop threads."""
     path = tmp_path / "recipe.yml"

@@ -83,6 +83,7 @@ def expected(folders: list[Path], h: list[dict[str, Tensor]], layout: str) -> di
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
 def test_mixtures_through_both_commands(name: str, tmp_path: Path) -> None:
     folders = write_models(name, tmp_path)

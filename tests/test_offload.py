@@ -68,6 +68,7 @@ class Watch:
         patch.setattr(passes, "feed", watched_feed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["llama", "qwen2", "gpt2", "bert", "t5", "mixtral", "gemma2", "whisper"]
 )
@@ -225,6 +226,7 @@ class Memory:
         patch.setattr(passes, "feed", watched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", [None, 0.4])
 def test_auto_halves_the_batch_until_it_fits_and_counts_nothing_twice(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float | None

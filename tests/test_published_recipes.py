@@ -151,6 +151,7 @@ def test_what_ours_have_of_theirs_is_not_ignored() -> None:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_mended(path: Path, tmp_path: Path) -> None:
     """``--fix`` writes what runs, keeps comments and order, and leaves the recipe alone."""

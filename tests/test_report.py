@@ -181,6 +181,7 @@ def test_shares_without_densities_are_the_merged_model_s(
     assert found["differing"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("assignment", ["least_error", "nearest"])
 def test_the_page_without_densities_has_the_same_parts(
     family: Family, tmp_path: Path, assignment: str
@@ -334,6 +335,7 @@ def test_what_fell_back_and_what_was_left_out(family: Family, tmp_path: Path) ->
     assert (family.names[1], "not in the saliency file") in reasons
 
 
+@pytest.mark.slow
 def test_a_merged_model_of_another_recipe(family: Family, tmp_path: Path) -> None:
     recipe = family.recipe()
     tensors = family.merged(recipe, tmp_path)

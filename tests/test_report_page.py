@@ -126,6 +126,7 @@ def test_names_are_escaped(page: Path) -> None:
     assert html.escape("<b>odd & long-name") in text
 
 
+@pytest.mark.slow
 def test_the_page_is_the_same_each_time(page: Path) -> None:
     recipe = page.with_name("recipe.yml")
     again = page.with_name("again.html")
