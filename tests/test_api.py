@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -24,6 +25,7 @@ from mergekit_obim.errors import (
 )
 from mergekit_obim.saliency.file import SaliencyFile
 from tiny_models import build
+from tiny_processors import MODELS, architecture, processor, write_images
 from tiny_tokenizers import CHAT_TEMPLATE, VOCAB_SIZE, byte_tokenizer
 
 # What the world's recipe says.
@@ -180,6 +182,39 @@ def test_what_cannot_be_measured_is_told(data: Any, settings: Any, words: list[s
     assert "rows.jsonl" not in told.value.message
     for word in words:
         assert word in told.value.message
+
+
+def test_a_path_among_texts_is_no_text(world: World) -> None:
+    for path in (world.math_data, str(world.math_data)):
+        with pytest.raises(CalibrationError, match=r"data, row 2: .* is a file:"):
+            mergekit_obim.measure(small(), ["a text", path], tokenizer=byte_tokenizer())
+
+
+def test_models_that_a_merge_would_not_read_so_are_refused() -> None:
+    adapted = small()
+    adapted.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    wrapped = get_peft_model(small(), LoraConfig(r=2, target_modules=["q_proj"]))
+    for model, words in (
+        (adapted, r"has an adapter .* give MODEL\+ADAPTER"),
+        (wrapped, r"no transformers model.* merge_and_unload\(\)"),
+    ):
+        with pytest.raises(CalibrationError, match=words):
+            mergekit_obim.measure(model, ["x"], tokenizer=byte_tokenizer())
+
+
+def test_images_go_through_the_processor_that_is_given(tmp_path: Path) -> None:
+    name = MODELS[0]
+    model = architecture(name).build()
+    model.save_pretrained(tmp_path / "model")
+    own = processor(name, chat=True)
+    own.save_pretrained(tmp_path / "model")
+    [image] = write_images(tmp_path, 1)
+    rows = [{"text": "What is this?", "images": [str(tmp_path / image)]}, {"text": "no image"}]
+    measured = mergekit_obim.measure(model, rows, tokenizer=own, quiet=True)
+    same_tensors(measured, mergekit_obim.measure(tmp_path / "model", rows, quiet=True))
+    assert any("vision" in key for key in measured)
+    with pytest.raises(CalibrationError, match="data, row 1: has images: give the model's proc"):
+        mergekit_obim.measure(model, rows, tokenizer=own.tokenizer, quiet=True)
 
 
 def test_a_folder_takes_options_and_no_tokenizer(world: World) -> None:

@@ -5,7 +5,6 @@
 ``merging``    experts on disk, or state dicts
 ``recipes``    what is wrong with a recipe
 ``arguments``  what these do alike with their arguments
-``weights``    tied weights in state dicts
 
 Each function here is also an attribute of the package, which imports this one when one of them is
 first asked for. The work is done by the rooms below; here models and data that are in memory are

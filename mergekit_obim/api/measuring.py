@@ -17,12 +17,11 @@ from mergekit.common import ModelReference
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from mergekit_obim import __version__
 from mergekit_obim.api.arguments import PathLike, calling, refuse, run_options
 from mergekit_obim.api.saliency import ExpertSaliency, read_saliency
-from mergekit_obim.api.weights import aliases_of
-from mergekit_obim.calibration import run as running
 from mergekit_obim.calibration.data import prepare
 from mergekit_obim.calibration.data.images import RowProcessor, placeholders
 from mergekit_obim.calibration.memory import out_of_memory
@@ -32,6 +31,8 @@ from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.recording import calibration_record, entries, pooled_warnings
 from mergekit_obim.calibration.resume import Checkpoint
+from mergekit_obim.calibration.run import measure as measure_prepared
+from mergekit_obim.calibration.run import prepare_expert
 from mergekit_obim.errors import (
     CalibrationError,
     CheckpointError,
@@ -51,7 +52,7 @@ from mergekit_obim.recipe.calibration import (
     overridden,
 )
 from mergekit_obim.recipe.experts import Expert
-from mergekit_obim.recipe.faults import raise_errors
+from mergekit_obim.recipe.faults import errors_of, raise_errors
 from mergekit_obim.saliency.file import SaliencyMetadata
 from mergekit_obim.saliency.fingerprint import fingerprint
 
@@ -221,17 +222,19 @@ def _measure_stored(
     base = _reference(base_model) if base_model is not None else None
     opened = open_models([base] if base else [], options)
     opened.models[reference] = open_model(reference, options)
-    findings = list(opened.faults)
+    faults = list(opened.faults)
     # Whether vocabularies are going to be aligned is for the merge to say.
-    findings += inspect_models(opened.models, base, options, aligned=True, merging=False)
-    if errors := [finding.message for finding in findings if finding.level == "error"]:
-        raise CheckpointError("; ".join(errors))
+    faults += inspect_models(opened.models, base, options, aligned=True, merging=False)
+    if errors := errors_of(faults):
+        raise CheckpointError("; ".join(fault.message for fault in errors))
     expert = Expert(str(reference), calibration, reference.model_dump())
-    prepared = running.prepare_expert(expert, base, opened.models, folder, options, Ranks())
-    measured = running.measure(prepared, options, Ranks())
+    prepared = prepare_expert(expert, base, opened.models, folder, options, Ranks())
+    measured = measure_prepared(prepared, options, Ranks())
     assert measured is not None  # there is no other process
-    for warning in [f.message for f in findings if f.level != "error"] + measured.warnings:
-        LOG.warning("%s: %s", reference, warning)
+    for fault in faults:
+        LOG.warning(fault.message)
+    for warning in measured.warnings:
+        LOG.warning("model %s: %s", reference, warning)
     return read_saliency(measured.path)
 
 
@@ -279,9 +282,9 @@ def _measure_loaded(
     limit = length_limit(tokenizer, config)
     data = prepare(calibration, tokenizer, label, limit, find_processor)
     check_vocabulary(label, data, config)
-    weights = dict(revert_weight_conversion(model, model.state_dict()))
-    aliases = aliases_of([weights])
-    stored = _Stored({name: t for name, t in weights.items() if name not in aliases})
+    # The steps of its save_pretrained.
+    untied = remove_tied_weights_from_state_dict(model.state_dict(), model)
+    stored = _Stored(revert_weight_conversion(model, untied))
     # Before the run, which unties the tied among offloaded weights.
     names = weight_names(model, stored.names)
     with _evaluating(model):
@@ -313,7 +316,7 @@ def _measure_loaded(
             + "; ".join(sorted(set(found["unscored"].values())))
         )
     for warning in [*data.warnings, *pooled_warnings(found["experts"])]:
-        LOG.warning("%s: %s", label, warning)
+        LOG.warning("model %s: %s", label, warning)
     record = calibration_record(calibration, data, config)
     metadata = SaliencyMetadata(
         form="factored",

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 import mergekit_obim
 from mergekit_obim.api.arguments import PathLike, check_options, refuse
 from mergekit_obim.api.saliency import ExpertSaliency, write_saliency
-from mergekit_obim.api.weights import aliases_of
 from mergekit_obim.dry_run import read_config
 from mergekit_obim.errors import ObimError, RecipeError, quoted
 from mergekit_obim.methods.planning import registry
@@ -247,7 +246,7 @@ def _merge_state_dicts(
         _check_all_have_saliency({**defaults, **parameters}, list(experts))
     # Of tied weights one is merged, and goes by all its names again: ranked one by one, they
     # would come apart.
-    aliases = aliases_of([base, *experts.values()])
+    aliases = _aliases([base, *experts.values()])
     kept: dict[Hashable, Mapping[str, Tensor] | nn.Module] = {
         name: {key: t for key, t in weights.items() if key not in aliases}
         for name, weights in {base_id: base, **experts}.items()
@@ -275,6 +274,23 @@ def _check_all_have_saliency(parameters: Mapping[str, Any], names: Sequence[str]
                 f"model {name}: has no saliency: make one with mergekit_obim.measure and give it "
                 'in saliencies, or merge with criterion="magnitude"'
             )
+
+
+def _aliases(models: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Map each further name of a tensor that goes by several to its first, if in every model."""
+    found: dict[tuple[object, ...], str] = {}
+    aliases = {}
+    for name in models[0]:
+        if not all(name in weights and weights[name].numel() for weights in models):
+            continue
+        if any(weights[name].is_meta for weights in models):
+            continue  # offloaded: all such have the address 0
+        places = tuple(
+            (t.data_ptr(), t.shape, t.stride(), t.dtype) for t in (w[name] for w in models)
+        )
+        if (first := found.setdefault(places, name)) != name:
+            aliases[name] = first
+    return aliases
 
 
 def _merge_folders(
