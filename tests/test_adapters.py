@@ -213,7 +213,7 @@ def test_what_is_left_is_never_taken_for_the_merged_model(
     # mergekit merges adapters before it asks our method anything.
     succeed(setting.merge(parameters={"criterion": "magnitude"}))
     setting.is_right()
-    told = [record.message for record in caplog.records if "merging it anew" in record.message]
+    told = [record.message for record in caplog.records if "merging it again" in record.message]
     assert len(told) == there
     if there:
         says(told[0], f"model {setting.reference}")

@@ -28,6 +28,7 @@ from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import INTERVAL
 from mergekit_obim.commands import saliency as cli
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.models.locking import locked
 from tiny_processors import write_charts
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
@@ -345,6 +346,26 @@ def test_killed_together_they_go_on_to_the_same_bits(world: World, tmp_path: Pat
     assert commands.contents(tmp_path / "out") == commands.contents(tmp_path / "whole")
     # Sums of two are not those of one.
     assert "starting over" not in again.stderr
+
+
+def test_together_they_wait_for_another_command(world: World, tmp_path: Path) -> None:
+    path = commands.write_recipe(tmp_path, world.recipe())
+    options = ("--model", world.math)
+    file = world.saliency_of(world.math, tmp_path / "out")
+    with locked(file, waiting=lambda: None):
+        pair = Pair(tmp_path, path, "out", *options)
+        said, deadline = pair.output("err"), time.monotonic() + 100
+        while not said.exists() or "waits" not in said.read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        text = said.read_text()
+        commands.says(text, f"{world.math}: waits for another command that writes out")
+        assert "Measuring" not in text
+    done = pair.wait()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("waits for another command") == 1
+    same_but_for_rounding(file, world.saliency_of(world.math))
+    assert set(commands.contents(tmp_path / "out")) == {file.name}
 
 
 def test_sums_of_another_number_of_processes_are_not_used(world: World, tmp_path: Path) -> None:

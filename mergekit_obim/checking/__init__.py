@@ -67,14 +67,18 @@ def fix(
     overrides: Mapping[str, Any] | None = None,
     only: Collection[str] = (),
 ) -> tuple[str, Verdict]:
-    """Put a recipe right as far as it is clear what was meant, and check what it has become.
+    """Correct a recipe where it is clear what was meant, and check the result.
 
     Args:
         text: The recipe, as YAML.
-        out_dir: And all else as of :func:`check`.
+        out_dir: As for :func:`check`.
+        options: As for :func:`check`.
+        overrides: As for :func:`check`.
+        only: As for :func:`check`.
 
     Returns:
-        The new text, the same if nothing is to be changed; and the verdict on it, with the changes.
+        The new text, unchanged if there is nothing to correct; and the verdict on it, which lists
+        the changes.
     """
 
     def wrong(document: Document) -> Iterator[Fault]:
@@ -99,16 +103,16 @@ def check(
     overrides: Mapping[str, Any] | None = None,
     only: Collection[str] = (),
 ) -> Verdict:
-    """Check a recipe for the merge, or for the pre-pass before it.
+    """Check one or more recipes of a file, for the merge or for the pre-pass before it.
 
     Args:
-        documents: The recipe, or those of a file for mergekit-multi: what one of them makes is
-            not there yet, and cannot be looked at where another uses it.
-        out_dir: Where the pre-pass is going to write. Then a saliency file that it will make
-            may be missing; otherwise the merge is to come, and calibration may be missing.
-        options: Of the pre-pass.
-        overrides: The calibration that was set by options.
-        only: The experts to measure, all if empty.
+        documents: The recipe, or all recipes of a file for mergekit-multi. A model that one of
+            them makes does not exist yet, so it is not inspected where another uses it.
+        out_dir: The folder that the pre-pass will write to; saliency files that it will make may
+            be missing then. None if the merge is next; then calibration may be missing.
+        options: The options of the pre-pass.
+        overrides: The calibration settings that were given as command-line options.
+        only: The experts to measure; all if empty.
     """
     verdict = Verdict()
     for document, found in zip(documents, find_in_all(documents, overrides, only), strict=True):
@@ -131,7 +135,8 @@ def _check(
     method = merge_methods.get(config.merge_method)
     if not isinstance(method, PlannedMethod):
         verdict.warnings.append(
-            f"merge_method: {method.spec.name} is not one of ours: its parameters were not checked"
+            f"merge_method: {method.spec.name} is not a method of mergekit-obim: its "
+            "parameters were not checked"
         )
     check_adapters(config, out_dir, options, verdict)
     opened = check_models(config, document.stages, options, verdict)
@@ -139,7 +144,7 @@ def _check(
     to_measure = [
         expert for expert in found.measured if out_dir is not None or _names(missing, expert.model)
     ]
-    # Whose saliency is there needs no calibration any more.
+    # An expert whose saliency file exists needs no calibration any more.
     verdict.add(
         fault
         for model, fault in found.uncalibrated.items()
@@ -218,5 +223,5 @@ def _estimate(
         merged = dtype_from_name(config.dtype) or stored
         written = dtype_from_name(config.out_dtype) or merged
     except RuntimeError:
-        return  # which is told as a fault
+        return  # the recipe has another error then
     verdict.cost["mergekit-yaml"] = merge_cost(shapes, experts, merged, written)

@@ -1,4 +1,4 @@
-"""What can be said of a recipe's adapters without merging them."""
+"""Checking a recipe's adapters without merging them."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from mergekit_obim.saliency.locate import check_measured_on
 def check_adapters(
     config: MergeConfiguration, out_dir: Path | None, options: RunOptions, verdict: Verdict
 ) -> None:
-    """Find adapters that do not fit their models, and saliency of what they were before.
+    """Find adapters that do not fit their models, and saliency of adapters that have changed.
 
     Args:
         config: The recipe.
-        out_dir: Where the pre-pass is going to write, if that is what comes next.
-        options: The pre-pass's.
-        verdict: Where to put what is found.
+        out_dir: The folder that the pre-pass will write to; None if the merge is next.
+        options: The options of the pre-pass.
+        verdict: The verdict that errors and warnings are added to.
     """
     if not options.lora_merge_cache:
-        return  # which is told where models are opened
+        return  # opening the models reports it
     for reference in sorted(config.referenced_models(), key=str):
         if not reference.lora:
             continue
@@ -56,7 +56,7 @@ def check_adapters(
 def _saliency_file(
     config: MergeConfiguration, reference: ModelReference, out_dir: Path | None
 ) -> SaliencyFile | None:
-    """The file that is there for an expert, if its setting names one plainly."""
+    """Return an expert's saliency file, None if there is none or its setting varies by tensor."""
     try:
         if out_dir:
             return SaliencyFile(out_dir / saliency_file_name(str(reference)))
@@ -65,11 +65,11 @@ def _saliency_file(
         setting = next(filter(None, given), None)
         return saliency_of(reference, setting) if isinstance(setting, str | None) else None
     except ObimError:
-        return None  # the plan tells what is wrong with it, or it has yet to be made
+        return None  # it has yet to be made, or planning the merge reports what is wrong with it
 
 
 def _was_measured_on(file: SaliencyFile, reference: ModelReference, folder: Path) -> bool:
-    """Whether a file was measured on what a merged adapter was before its parts changed."""
+    """Return whether a file was measured on the outdated merged adapter in this folder."""
     loader = ModelReference(model=ModelPath(path=str(folder))).lazy_loader(lazy_unpickle=False)
     try:
         check_measured_on(

@@ -1,4 +1,4 @@
-"""What a recipe's models are to each other, and what mergekit's planner makes of them."""
+"""Checking a recipe's models by themselves, beside the base, and in mergekit's plan."""
 
 from __future__ import annotations
 
@@ -29,19 +29,23 @@ from mergekit_obim.recipe.faults import fold
 
 
 def expert_references(config: MergeConfiguration) -> list[ModelReference]:
+    """Return every model of a recipe but the base, sorted by name."""
     return sorted((m for m in config.referenced_models() if m != config.base_model), key=str)
 
 
 def check_models(
     config: MergeConfiguration, stages: Collection[str], options: RunOptions, verdict: Verdict
 ) -> Opened:
-    """Open the recipe's models, and note what they are by themselves and beside the base.
+    """Open the recipe's models, and inspect them by themselves and beside the base.
 
     Args:
         config: The recipe.
         stages: The models that other recipes of the same file will make.
         options: How models are read.
-        verdict: Where it is noted.
+        verdict: The verdict that errors, warnings and measures are added to.
+
+    Returns:
+        The models that are on this machine.
     """
     to_come = [m for m in config.referenced_models() if m.model.path in stages]
     for reference in sorted(to_come, key=str):
@@ -83,7 +87,11 @@ def check_plan(
     options: RunOptions,
     verdict: Verdict,
 ) -> list[str]:
-    """Plan the merge; returns what is said of saliency files that are not there."""
+    """Plan the merge, and add what is wrong to the verdict.
+
+    Returns:
+        The messages on missing saliency files, which are errors only if the merge is next.
+    """
     if len(opened.readable) < len(config.referenced_models()):
         if not verdict.errors:
             verdict.warnings.append("the merge itself was not planned: not every model is here")
@@ -97,7 +105,7 @@ def check_plan(
     missing = []
     for fault in fold(found.tensors):
         if fault.kind == "plan" and verdict.errors:
-            continue  # what mergekit fails at in the end may come of what was found before
+            continue  # mergekit may only fail because of the errors that were found before
         if fault.error is SaliencyNotFoundError:
             missing.append(fault.message)
             if out_dir is None:

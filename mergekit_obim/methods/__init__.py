@@ -3,10 +3,10 @@
 ``parameters``      what a recipe may say
 ``saliency``        an expert's stored saliency, fit to the merged tensor
 ``preflight``       inspecting the models before mergekit opens them
-``planning``        finding everything that can be wrong before a tensor is merged
+``planning``        checking a merge while it is planned
 ``vocabulary``      the rows that tokenizer options move
-``mergekit_hooks``  every touch of mergekit's private parts
-``base``            what the methods do alike when they merge
+``mergekit_hooks``  all use of mergekit's private parts
+``base``            what all methods do to merge a tensor
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What our methods do alike when they merge a tensor; each of them adds its formula."""
+"""What all our methods do to merge a tensor; each of them adds its own formula."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def candidates_of(
 ) -> tuple[list[Candidate], list[float]]:
     """Return every expert's candidate and density, in the recipe's order.
 
-    An expert that is to claim nothing, being unscored, has density 0.
+    An expert without saliency that is left at the base's values has density 0.
     """
     return _with_densities(group, parameters, criteria_of(group, parameters))
 
@@ -151,7 +151,7 @@ def objective_of(
 ) -> tuple[list[Candidate], list[float]]:
     """Return the experts that take part in a tensor's objective, and their weights in it.
 
-    One without saliency that is left at the base's values takes no part.
+    An expert without saliency that is left at the base's values takes no part.
     """
     base, candidates, weights = base_tensor(group), [], []
     criteria = comparable(criteria_of(group, parameters))
@@ -163,7 +163,7 @@ def objective_of(
 
 
 def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) -> Iterator[Fault]:
-    """Negative weights of what is minimised."""
+    """Yield a fault for each negative weight, under which errors would be maximised."""
     for i in inputs:
         if i.parameters["weight"] < 0:
             yield Fault(
@@ -175,7 +175,7 @@ def check_objective_weights(output: str | None, inputs: Sequence[PlannedInput]) 
 
 
 def criteria_of(group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
-    """Return what ranks the positions of each expert's tensor; None if it is to claim none."""
+    """Return what ranks the positions of each expert's tensor; None if it may claim none."""
     return [_criterion(group, entry, k, parameters) for k, entry in enumerate(group.non_base)]
 
 
@@ -198,8 +198,8 @@ def _criterion(
 def comparable(criteria: Sequence[Criterion | None]) -> list[Criterion | None]:
     """Replace criteria by magnitude for all experts of a tensor, unless all have a saliency.
 
-    What compares or adds up the experts' scores needs a common scale, and δ²·h has none in
-    common with |δ|, nor h with 1.
+    Methods that compare or add up the experts' scores need them on one scale, which δ²·h and |δ|
+    are not.
     """
     measured = all(c is None or isinstance(c, Saliency | GivenScores) for c in criteria)
     return [c if c is None or measured else Magnitude() for c in criteria]

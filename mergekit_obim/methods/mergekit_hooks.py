@@ -1,21 +1,26 @@
-"""Every touch of what mergekit 0.1.5 keeps to itself; nothing else in this package patches it.
+"""All use of mergekit 0.1.5's private parts; nothing else in this package patches mergekit.
 
-mergekit calls a method with tensors and parameter values, but not with the *input* tensors' names,
-which a saliency is looked up by and which differ from the output's where ``slices`` move layers;
-and it calls a method only once it merges, when half a recipe may have been merged already. So its
-two planners are wrapped: `MergePlanner.plan_module` of mergekit-yaml, and `construct_param_dicts`
-of mergekit-pytorch. Wrapped, they check the whole recipe and hand the names on as ordinary
-parameters of mergekit's task graph. It is the method's own ``validate_inputs`` that wraps them.
+Two things are missing from mergekit's interface for merge methods:
 
-Before it plans, mergekit opens every model, and merges adapters, and ends with a traceback where
-one is not what it expects. So `get_architecture_info`, its first step with a recipe, is wrapped
-when our methods are registered: of a recipe with one of them the models are inspected first, and
-adapters are merged by `models.adapters`. With any other method nothing changes.
+1. The names of the *input* tensors, by which a saliency is looked up. They differ from the output's
+   name where ``slices`` move layers.
+2. A chance to refuse a recipe before the work begins. A method is first called to merge a tensor,
+   when half of the recipe may have been merged already.
 
-What would replace this module upstream, in `MergeMethod`: a `prepare(config, options)`, called
-before a model is opened; a `plan(config, tasks)`, called once after all tasks are planned and
-before one is run, that may refuse or return others; and the input tensor's own name in
-`TensorEntry`. Until then a mergekit that plans in another way ends in an error that says so
+So both planners are wrapped: `MergePlanner.plan_module` of mergekit-yaml and
+`construct_param_dicts` of mergekit-pytorch. The wrappers check the whole recipe, and pass the names
+on as ordinary parameters of mergekit's task graph. The method's own ``validate_inputs``, which each
+planner calls before it plans a tensor, puts them in place.
+
+Even before that, mergekit opens every model and merges adapters, with a traceback if anything is
+wrong with them. So its first step with a recipe, `get_architecture_info`, is wrapped when our
+methods are registered: if the recipe uses one of them, the models are inspected first, and adapters
+are merged by `models.adapters`. Recipes with other methods run as before.
+
+Upstream, three additions to `MergeMethod` would replace this module: a `prepare(config, options)`
+that is called before a model is opened; a `plan(config, tasks)` that is called once after all tasks
+are planned and before one is run, and may refuse or replace them; and the input tensor's own name
+in `TensorEntry`. Until then, a mergekit that plans in another way ends in an error that says so
 (``methods.base``), never in a guess.
 """
 
@@ -59,12 +64,12 @@ from mergekit_obim.saliency.file import SaliencyFile
 
 LOG = logging.getLogger("mergekit_obim")
 _FIRST_STEP = "get_architecture_info"
-# How mergekit's planner calls the inputs of a slice, before it plans a tensor of it.
+# The group name with which mergekit's planner validates a slice, before it plans its tensors.
 _PLANNERS_SLICE = re.compile(r"\.slices\[\d+\]$")
 
 
 class HookedMethod(PlannedMethod):
-    """A planned method that brings mergekit's planners to check its recipes."""
+    """A planned method that makes mergekit's planners check its recipes."""
 
     def validate_inputs(
         self,
@@ -76,7 +81,7 @@ class HookedMethod(PlannedMethod):
         """Wrap the planners, the first of which calls this before it plans any tensor."""
         install()
         if group_name and _PLANNERS_SLICE.search(group_name):
-            return  # `plan_module` comes next, and tells it with everything else
+            return  # `plan_module` comes next, and reports it with everything else
         super().validate_inputs(input_ids, base_id, group_name=group_name)
         if group_name is None and all(isinstance(i, ModelReference) for i in input_ids):
             # mergekit-pytorch, which opens the files next; mergekit-yaml's names have a group.
@@ -89,8 +94,8 @@ class HookedMethod(PlannedMethod):
         options: BatchOptions,
         **dtypes: Any,
     ) -> tuple[torch.Tensor, ...]:
-        # From mergekit's Python API nothing was planned: the group's name is its inputs'
-        # name too. Every group is checked before the first is merged.
+        # mergekit's Python API has no planner: the name of a group is that of its inputs too.
+        # mergekit hands over all groups at once, so all are checked before the first is merged.
         if self.reads_saliency and not any(is_planned(group) for group in groups):
             parameters = plan_in_memory(self, groups, parameters)
         return super()._execute(groups, parameters, options, **dtypes)
@@ -128,7 +133,10 @@ def _inspecting(original: Any, method_names: frozenset[str]) -> Any:
 
 
 def install() -> None:
-    """Wrap the two planners that mergekit has, where they are loaded; once each."""
+    """Wrap mergekit's two planners, as far as they are imported; calling it again is harmless.
+
+    They are looked up in ``sys.modules``: a planner that is not imported is not in use.
+    """
     plan = sys.modules.get("mergekit.plan")
     if plan and not hasattr(plan.MergePlanner.plan_module, "__wrapped__"):
         plan.MergePlanner.plan_module = _checked_plan_module(plan.MergePlanner.plan_module)
@@ -147,7 +155,8 @@ def _checked_plan_module(original: Any) -> Any:
         if not plans_ours(planner):
             original(planner, module_name, definition)
             return
-        # Of every module, as an error is to tell of all of them: kept where the tensors are.
+        # One report for all modules of the recipe, so that one error lists all faults. It is kept
+        # on the planner, as it has to end with this merge.
         found = vars(planner).setdefault("obim_report", PlanReport())
         plan_module_checked(planner, module_name, found)
         if module_name == list(planner.config.modules)[-1]:
@@ -158,20 +167,20 @@ def _checked_plan_module(original: Any) -> Any:
 
 
 def plans_ours(planner: Any) -> bool:
-    """Whether mergekit's planner has a recipe for one of our methods."""
+    """Return whether mergekit's planner has a recipe for one of our methods."""
     return isinstance(planner._method, PlannedMethod)
 
 
 def plan_module_checked(planner: Any, module_name: str, found: PlanReport) -> None:
-    """Plan one module of a recipe for one of our methods, and note what is wrong.
+    """Plan one module of a recipe for one of our methods, and collect what is wrong.
 
     Args:
-        planner: mergekit's planner, its recipe in normal form.
+        planner: mergekit's planner, whose recipe is in normal form by now.
         module_name: The module.
-        found: Where it is noted; of the recipe as it is written with the first module.
+        found: The report that faults are added to; the first module adds those of the recipe.
 
     Raises:
-        Exception: mergekit cannot plan it, although nothing was found that explains it.
+        Exception: mergekit cannot plan the module, and no fault was found that explains it.
     """
     from mergekit.plan import MergePlanner  # imports every method, so it is not there at the top
 
@@ -183,8 +192,8 @@ def plan_module_checked(planner: Any, module_name: str, found: PlanReport) -> No
         return
     first = len(planner._tensors)
     try:
-        # What is wrong so far is taken out of the way, that the rest can be found too. This is
-        # a copy: the recipe that mergekit was given stays as it is.
+        # Wrong parameters would end the planning: without them the remaining faults are found
+        # too. This is a copy; the recipe that mergekit was given stays as it is.
         planner.config = _without(config, found.recipe)
         original(planner, module_name, planner.config.modules[module_name])
         if method.reads_saliency:
@@ -192,17 +201,17 @@ def plan_module_checked(planner: Any, module_name: str, found: PlanReport) -> No
     except ObimError as error:
         found.add(error, "plan")
     except Exception:
-        if not found.errors:  # else it may come of them
+        if not found.errors:  # otherwise they may be the cause
             raise
     finally:
         planner.config = config
     if any(f.kind == "value" and "density" in f.place.path for f in found.recipe):
-        # A density that was taken out of the way is not 1/K in earnest.
+        # A density that was left out above counted as 1/K, which the user did not write.
         found.tensors = [fault for fault in found.tensors if fault.kind != "densities"]
 
 
 def _without(config: Any, faults: Iterable[Fault]) -> Any:
-    """A recipe with misspelt parameters put right and wrong values left out."""
+    """Return a recipe with misspelt parameters corrected and wrong values left out."""
     wrong = [fault for fault in faults if fault.kind in ("parameter", "value")]
     if not wrong:
         return config
@@ -240,7 +249,7 @@ def _plan_tasks(
             key = model, parameters["saliency"]
             if key in refused or not verified_once(verified, loader, model, parameters, found):
                 refused.add(key)
-                parameters["criterion"] = "magnitude"  # to go on with: nothing will be merged
+                parameters["criterion"] = "magnitude"  # only to go on: the error is in the report
             stored = stored_name(loader, info)
             tensor = loader.get_tensor(stored) if stored else None
             inputs.append(PlannedInput(model, scored_names(loader, info), tensor, parameters))
@@ -279,10 +288,14 @@ def _warn_of_unrelated_experts(planned: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _checked_param_dicts(original: Any, module: Any) -> Any:
-    """The same for mergekit-pytorch, whose outputs have their inputs' names."""
+    """Wrap mergekit-pytorch's planner, which plans tensor by tensor.
+
+    It names outputs as their inputs, and has no plan of the whole merge to check: the recipe is
+    checked with the first tensor, and every tensor's own faults when its turn comes.
+    """
     layers = functools.lru_cache(maxsize=1)(layer_indices)
     verified: set[tuple[ModelReference, SaliencyFile]] = set()
-    checked: list[Any] = [None]  # the recipe that was last looked at as a whole
+    checked: list[Any] = [None]  # the recipe that was last checked as a whole
 
     @functools.wraps(original)
     def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:

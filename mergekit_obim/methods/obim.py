@@ -42,14 +42,14 @@ _DENSITY_SLACK = 1e-6
 
 @dataclass(frozen=True)
 class Assignment:
-    """Whose element each position of a tensor takes.
+    """Which model each position of a tensor takes its element from.
 
     Attributes:
         candidates: The experts that take part, in the recipe's order.
-        owner: uint8, of the tensor's shape: indices into them, ``FREE`` for the base.
-        scales: λ · weight of each of them.
-        densities: Their shares; None where there are none.
-        order: The order in which they chose; empty where there is none.
+        owner: uint8, of the tensor's shape: indices into ``candidates``, ``FREE`` for the base.
+        scales: λ · weight of each candidate.
+        densities: The density of each candidate; None if the assignment uses none.
+        order: The order in which the candidates chose; empty if the assignment has none.
     """
 
     candidates: list[Candidate]
@@ -66,11 +66,11 @@ _OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
 
 @contextmanager
 def observing(observer: Observer) -> Iterator[None]:
-    """Have ``obim`` tell what it assigns, and merge nothing, for the time of the context.
+    """Report every assignment that ``obim`` makes inside the context, and merge nothing.
 
     Args:
-        observer: Called for each tensor with its inputs, its parameters and the assignment, or None
-            where no expert takes part. The tensors that the merge gives have no values meanwhile.
+        observer: Called for each tensor with its inputs, its parameters and the assignment; None
+            if no expert takes part. The merged tensors have undefined values meanwhile.
     """
     token = _OBSERVER.set(observer)
     try:
@@ -85,7 +85,7 @@ class Obim(ExpertMethod):
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
     ) -> Iterator[Fault]:
-        """Densities that sum to over 1, or negative weights of what is minimised."""
+        """Find densities that sum to over 1, negative weights, and a misplaced ``stretch``."""
         if parameters["stretch"] is not None and parameters["assignment"] != "nearest":
             yield Fault(
                 "tensor",
@@ -110,7 +110,7 @@ class Obim(ExpertMethod):
             )
 
     def copies(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether each element is one expert's, times its weight, as in the paper."""
+        """Return whether elements are copied and scaled by the weight, as the paper does."""
         return bool(parameters.get("assignment", "iterative") == "iterative")
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe may say to our methods: each parameter, its default, and the values it takes."""
+"""The parameters of our methods: their defaults and the values that they take."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ NOT_NEGATIVE = ("mask_threshold", "min_agreement", "stretch")
 
 @dataclass(frozen=True)
 class Parameter(ParameterSpec):
-    """A parameter whose wrong values end in one line and not in pydantic's traceback.
+    """A parameter that reports a wrong value in one line instead of pydantic's traceback.
 
     Attributes:
-        choices: The values it takes; empty for any of its type.
+        choices: The values that it takes; empty if it takes any of its type.
     """
 
     choices: tuple[str, ...] = ()
@@ -36,7 +36,7 @@ class Parameter(ParameterSpec):
         """Return a value, converted to the parameter's type.
 
         Raises:
-            RecipeError: It is not one that the parameter takes.
+            RecipeError: The parameter does not take this value.
         """
         try:
             value = super().validate(value)
@@ -71,7 +71,7 @@ def shared(
 def per_expert(
     name: str, kind: Any, default: Any, description: str, choices: tuple[str, ...] = ()
 ) -> Parameter:
-    """Declare a parameter that each expert may have a value of its own for."""
+    """Declare a parameter that may have a different value for each expert."""
     return Parameter(name, kind, ParameterScope.NON_BASE, default, description, choices=choices)
 
 
@@ -114,13 +114,13 @@ def saliency_parameters(*, random: bool) -> tuple[Parameter, ...]:
 def method_spec(
     name: str, pretty_name: str, paper: str, *parameters: ParameterSpec
 ) -> MergeMethodSpec:
-    """Return what mergekit is told of a method; all of ours need a base and an expert.
+    """Return mergekit's description of a method; all of ours need a base and an expert.
 
     Args:
-        name: As ``merge_method`` has it.
-        pretty_name: As documentation has it.
-        paper: The method's number on arXiv.
-        parameters: What a recipe may set.
+        name: The name that recipes give under ``merge_method``.
+        pretty_name: The name for documentation.
+        paper: The arXiv number of the method's paper.
+        parameters: The parameters that a recipe may set.
     """
     return MergeMethodSpec(
         name=name,

@@ -1,7 +1,7 @@
-"""Planning a merge: everything that can be wrong is found before a tensor is merged.
+"""Checking a merge while it is planned: all faults are found before a tensor is merged.
 
-What is found are values (``recipe.faults``): a planner collects those of a whole merge and ends it
-with one error that tells them all. ``mergekit_hooks`` brings mergekit's planners here.
+The faults of a whole merge are collected as values (``recipe.faults``), and raised as one error
+that lists them all. ``mergekit_hooks`` makes mergekit's planners call this module.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ LOG = logging.getLogger("mergekit_obim")
 
 @dataclass(frozen=True)
 class PlannedInput:
-    """One expert's side of a planned tensor.
+    """One expert's input to a planned tensor.
 
     Attributes:
         model: The expert.
-        names: The names the weight may have in the expert, the first that exists counts.
-        weight: The weight as stored (read lazily), or None where it cannot be had yet.
+        names: The names to look the weight's saliency up by; the first that exists counts.
+        weight: The weight as stored (read lazily), or None if it is not available yet.
         parameters: The expert's parameters for this tensor.
     """
 
@@ -55,7 +55,7 @@ class PlannedInput:
 
 
 class PlannedMethod(GroupMergeMethod):
-    """A merge method whose recipes are checked whole before the first tensor is merged."""
+    """A merge method that checks a whole recipe before the first tensor is merged."""
 
     def __init__(self, spec: MergeMethodSpec):
         self.spec = spec
@@ -68,7 +68,11 @@ class PlannedMethod(GroupMergeMethod):
         *,
         group_name: str | None = None,
     ) -> None:
-        """Check which inputs there are; called by every planner before it plans any tensor."""
+        """Check the base and the experts; every planner calls this before it plans any tensor.
+
+        Raises:
+            RecipeError: There is no base or no expert, or a model is listed twice.
+        """
         if base_id is None or base_id not in input_ids:
             found = "none is set" if base_id is None else f"{base_id} is not among the inputs"
             raise RecipeError(
@@ -86,7 +90,7 @@ class PlannedMethod(GroupMergeMethod):
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
     ) -> Iterator[Fault]:
-        """Parameter values of one tensor that make no sense together.
+        """Find parameter values of one tensor that make no sense together.
 
         Args:
             output: The merged tensor's name.
@@ -96,11 +100,11 @@ class PlannedMethod(GroupMergeMethod):
         return iter(())
 
     def copies(self, parameters: Mapping[str, Any]) -> bool:
-        """Whether a recipe with these parameters copies elements, so that a weight scales them."""
+        """Return whether a recipe with these parameters copies elements, scaled by the weight."""
         return False
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
-        """What becomes of a tensor without saliency under ``unscored: kind``, for a warning."""
+        """Return what ``unscored: kind`` does with a tensor without saliency, for a warning."""
         return "left at the base's values" if kind == "base" else f"ranked by {kind}"
 
 
@@ -163,7 +167,8 @@ class PlanReport:
         self.fallbacks.warn()
 
 
-# mergekit-pytorch plans tensor by tensor: what it found is told when the first is merged.
+# mergekit-pytorch plans tensor by tensor, with no call after the last one: its fallbacks are
+# collected here, and logged when the first tensor is merged.
 UNWARNED = Fallbacks()
 
 
@@ -174,7 +179,11 @@ def plan_tensor(
     parameters: Mapping[str, Any],
     found: PlanReport,
 ) -> dict[Hashable, str]:
-    """Check one tensor's parameters and saliency; returns the name to look each expert up by."""
+    """Check one tensor's parameters and saliency, and add what is wrong to the report.
+
+    Returns:
+        Expert -> the name to look up its saliency of this tensor by.
+    """
     found.tensors += method.check_tensor(output, inputs, parameters)
     outcome = method.fallback(parameters["unscored"], parameters)
     chosen = {}
@@ -204,7 +213,14 @@ def plan_in_memory(
     groups: Sequence[TensorGroup],
     parameters: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """What the planners do, for mergekit's Python API."""
+    """Check a merge by mergekit's Python API, which has no planner, before it begins.
+
+    Returns:
+        The parameters of each group, completed as the planners do.
+
+    Raises:
+        ObimError: Something is wrong; the message lists it all.
+    """
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
     found = PlanReport()
     planned = []
@@ -254,7 +270,18 @@ def verified_once(
     parameters: Mapping[str, Any],
     found: PlanReport,
 ) -> bool:
-    """Whether an expert's saliency file is there and of its weights; noted if it is not."""
+    """Check that an expert's saliency file exists and was measured on its weights.
+
+    Args:
+        verified: The pairs that were checked before; this one is added.
+        loader: The expert's checkpoint.
+        model: The expert.
+        parameters: The expert's parameters.
+        found: The report that an error is added to.
+
+    Returns:
+        Whether it is so, or the expert's criterion needs no saliency.
+    """
     if parameters["criterion"] != "saliency":
         return True
     try:
@@ -271,7 +298,7 @@ def verified_once(
 
 
 def registry() -> dict[str, Method]:
-    """Every merge method that mergekit knows now, as far as recipes concern it."""
+    """Return every merge method that mergekit has registered, as the recipe reader needs it."""
     found = {}
     for method in merge_methods.registered_methods():
         parameters = {p.name: p for p in method.spec.parameters if p.name not in PLANNED}
@@ -282,7 +309,10 @@ def registry() -> dict[str, Method]:
 
 
 def is_planned(group: TensorGroup) -> bool:
-    """mergekit's commands identify inputs by model references, its Python API by other things."""
+    """Return whether one of mergekit's commands planned this, and not its Python API.
+
+    The commands identify inputs by model references, the API by other objects.
+    """
     return any(isinstance(entry.id, ModelReference) for entry in group.entries)
 
 

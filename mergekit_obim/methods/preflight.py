@@ -1,6 +1,6 @@
-"""Looking at a recipe's models before mergekit does, so that faults are told in our words.
+"""Inspecting a recipe's models before mergekit opens them, for errors that say what to do.
 
-`mergekit_hooks` calls this as soon as mergekit has a recipe with one of our methods.
+`mergekit_hooks` calls this as soon as mergekit has read a recipe with one of our methods.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
     """Open and inspect all models of a recipe, log warnings, and refuse what cannot be merged.
 
     Raises:
-        CheckpointError: Some cannot; the message names them all, and what to do.
+        CheckpointError: Some models cannot be merged; the message names all of them.
+        RecipeError: The recipe has errors as well.
     """
-    # Imported here: whoever merges with another method should not wait for it.
+    # Imported here, so that merges with other methods do not wait for it.
     from mergekit_obim.methods.planning import registry
     from mergekit_obim.models.inspection import inspect_models, is_aligned
     from mergekit_obim.models.opened import open_model
@@ -56,7 +57,7 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
         faults += path_warnings(document)
     errors = _warn(faults)
     if errors:
-        # Else the planner tells what is wrong with the recipe, and with single tensors.
+        # mergekit will not get to plan the merge, which would report the recipe's own faults.
         raise_errors([*recipe_faults(document, registry()), *errors])
 
 
@@ -66,7 +67,7 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     Models are compared as far as there is a folder of a transformers model around each file.
 
     Raises:
-        CheckpointError: Some cannot; the message names them all, and what to do.
+        CheckpointError: Some files cannot be merged; the message names all of them.
     """
     from mergekit_obim.models.comparison import comparison_faults
     from mergekit_obim.models.opened import inspect_file, open_model
@@ -77,13 +78,13 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
     options = MergeOptions()
     for path in paths:
         folder = Path(path) if Path(path).is_dir() else Path(path).parent
-        with suppress(ObimError):  # it needs no configuration, so a faulty one is no fault
+        with suppress(ObimError):  # a faulty configuration does not matter here
             model = open_model(ModelReference(model=ModelPath(path=str(folder))), options)
             if len(model.config.architectures or ()) == 1:
                 opened[path] = model
     start = opened.pop(str(base), None)
     faults = comparison_faults(start, list(opened.values()), aligned=False, access=options)
-    # Its recipes have no tokenizer option, and what they have is ignored.
+    # mergekit-pytorch ignores tokenizer options, so that advice has to name the other command.
     raise_errors(
         _warn(
             replace(
@@ -96,7 +97,7 @@ def inspect_files(models: Sequence[ModelReference], base: object) -> None:
 
 
 def _warn(faults: Iterable[Fault]) -> list[Fault]:
-    """Log what does not stop a merge; return what does."""
+    """Log the faults that do not stop a merge, and return those that do."""
     errors = []
     for fault in faults:
         if fault.level == "error":
@@ -107,7 +108,7 @@ def _warn(faults: Iterable[Fault]) -> list[Fault]:
 
 
 def written(value: Any) -> Any:
-    """A recipe, or a part of it, as a file would have it, of plain mappings and lists.
+    """Convert a recipe, or a part of it, to the plain mappings and lists of a YAML file.
 
     pydantic's own ``model_dump`` fails where the name of a model has a space in it.
     """

@@ -26,7 +26,7 @@ class RegMeanDiag(ExpertMethod):
     def check_tensor(
         self, output: str | None, inputs: Sequence[PlannedInput], parameters: Mapping[str, Any]
     ) -> Iterator[Fault]:
-        """Negative weights."""
+        """Find negative weights."""
         return check_objective_weights(output, inputs)
 
     def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Which row of an expert's vocabulary each row of the merged one is, under tokenizer options."""
+"""Mapping merged vocabulary rows to each expert's own, under mergekit's tokenizer options."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from mergekit_obim.models.checkpoint import stored_name, tensor_of
 
 @dataclass(frozen=True)
 class VocabularyRows:
-    """Where mergekit's tokenizer options took each row of a vocabulary axis from.
+    """The rows that mergekit's tokenizer options take from one expert's tensor.
 
     Attributes:
-        axis: The vocabulary axis.
-        rows: Per row of the merged tensor the row in the expert's own, −1 for none.
+        axis: The vocabulary axis of the tensor.
+        rows: For each row of the merged tensor, the expert's row; −1 if the expert has none.
     """
 
     axis: int
     rows: tuple[int, ...]
 
     def apply(self, h: torch.Tensor) -> torch.Tensor:
-        """Bring what is stored per token into the merged vocabulary's order; new rows score 0."""
+        """Reorder h by the merged vocabulary; rows that the expert does not have score 0."""
         if h.shape[self.axis] == 1:
             return h
         rows = torch.tensor(self.rows, device=h.device)
@@ -36,15 +36,15 @@ class VocabularyRows:
 
 
 def vocabulary_rows(task: Any, weight: Any, i: PlannedInput, name: str) -> VocabularyRows | None:
-    """How the tokenizer options will rearrange the rows of one expert's tensor, if they will.
+    """Return how the tokenizer options will reorder the rows of an expert's tensor; None if not.
 
     Args:
         task: mergekit's task that gathers the tensor's inputs.
         weight: The output tensor, as mergekit describes it.
         i: The expert.
-        name: What the expert's saliency of the tensor is stored under.
+        name: The name that the expert's saliency of the tensor is stored under.
 
-    Only what is stored per token needs it. The tokenizer task is run here once more than
+    Only a saliency that is stored per token needs it. The tokenizer task is run here once more than
     mergekit runs it: the rows have to be known before the merge starts.
     """
     from mergekit.tokenizer import PermutedVocabulary

@@ -2,10 +2,10 @@
 
 A recipe's ``model+adapter`` is merged once, into a folder of ``--lora-merge-cache``, and read from
 there by both commands. mergekit takes any folder of that name for the merged model: also the empty
-one that a failed merge leaves, the half of one that a killed merge leaves, and the one that was
+one that a failed merge leaves, the incomplete one that a killed merge leaves, and the one that was
 made before the adapter was trained again. Here the folder holds a record of what it was made from,
-and is used only while adapter and model are still that. Otherwise it is made anew, by mergekit's
-own function, beside its place, and moved there when it is whole.
+and is used only while adapter and model are unchanged. Otherwise mergekit's own function makes it
+again in a temporary folder, which is moved into place when it is complete.
 """
 
 from __future__ import annotations
@@ -152,9 +152,9 @@ def look_up(reference: ModelReference, cache_dir: str) -> MergedAdapter:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         made_from, whole = dict(record["made from"]), record["files"] == _sizes(folder)
     except (OSError, ValueError, KeyError, TypeError):
-        return MergedAdapter(folder, f"nothing tells what {folder} was made from")
+        return MergedAdapter(folder, f"there is no record of what {folder} was made from")
     if not whole:
-        return MergedAdapter(folder, f"{folder} is not what was written there")
+        return MergedAdapter(folder, f"the files in {folder} have changed since they were written")
     with _in_one_line(reference):
         now = _made_from(reference)
     for part, digest in now.items():
@@ -175,7 +175,7 @@ def _make(
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.*.part"):
         shutil.rmtree(left, ignore_errors=True)
     if os.path.lexists(folder):
-        LOG.warning("model %s: %s: merging it anew", reference, there.rebuild_reason)
+        LOG.warning("model %s: %s: merging it again", reference, there.rebuild_reason)
     made_from = _made_from(reference)
     aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
     try:

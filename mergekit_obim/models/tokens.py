@@ -132,7 +132,7 @@ class _Clash:
             if token in other:
                 clash.moved[token] = number, other[token]
             elif theirs is None or (theirs in own and not is_spare(theirs)):
-                continue  # the number is free there, or told as that of a token that has moved
+                continue  # the number is free there, or reported as that of a token that has moved
             elif is_spare(theirs):
                 clash.renamed[number] = token, theirs
             else:

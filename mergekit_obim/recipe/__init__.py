@@ -1,13 +1,15 @@
 """Reading a recipe: the one walk over it, for the pre-pass, ``--check`` and the merge.
 
-``document``    what is written, with the line of each key
-``faults``      what is wrong, as values
-``keys``        which keys there are, and where
-``calibration`` what an expert is measured on
-``experts``     who is to be measured
-``parameters``  what a merge method takes
+``document``    the recipe as it is written, with the line of each key
+``faults``      what is wrong with a recipe or its models, as values
+``keys``        the keys that a recipe may have, and where
+``calibration`` the ``calibration`` keys: what an expert is measured on
+``experts``     the experts that are to be measured
+``parameters``  the parameters of merge methods
+``references``  references that are written differently and mean one model
+``fix``         ``--fix``: correcting a recipe; ``edit`` changes the text and keeps its comments
 
-Nothing here imports torch or mergekit: a misspelt recipe is told at once.
+Nothing here imports torch or mergekit, so that errors in a recipe are reported at once.
 """
 
 from __future__ import annotations
@@ -32,12 +34,12 @@ _DTYPES = ("float32", "bfloat16", "float16", "float64")
 def recipe_faults(
     document: Document, methods: Mapping[str, Method] | None = None
 ) -> Iterator[Fault]:
-    """Everything that is wrong with a recipe as it is written, but for its calibration.
+    """Find everything that is wrong with a recipe as it is written, except its calibration.
 
     Args:
         document: The recipe.
-        methods: Every merge method that mergekit knows, by name; None to leave the parameters,
-            and whether the method exists, for another time.
+        methods: Every merge method that mergekit has, by name; None to check neither the
+            parameters nor whether the method exists.
     """
     for place in document.twice:
         message = f"{place}: stands twice in the same mapping, and YAML keeps the last; remove one"
@@ -82,7 +84,7 @@ def recipe_faults(
 
 
 def _structure(document: Document, parts: list[Part], *, readable: bool) -> Iterator[Fault]:
-    """What no recipe for experts of one base can do without."""
+    """Find what makes planning impossible: no base, no expert, or a model listed twice."""
     inputs = [part for part in parts if part.kind in INPUTS]
     if document.content.get("base_model") is None and any(part.base is None for part in inputs):
         yield Fault(

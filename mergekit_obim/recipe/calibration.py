@@ -36,7 +36,7 @@ _Positive = Annotated[int, Field(strict=True, ge=1)]
 
 
 def is_local_file(data: str) -> bool:
-    """Whether ``data`` names a file on this machine, there or missing, rather than a data set.
+    """Return whether ``data`` names a file, existing or not, rather than a data set.
 
     A file's suffix decides, or a form that no data set has (``./x``, ``/x``, ``~/x``), or a
     file of that name. A folder is left to the ``datasets`` library, which reads folders.
@@ -50,7 +50,7 @@ def is_local_file(data: str) -> bool:
 
 
 def is_here(data: str) -> bool:
-    """Whether ``data`` is read from this machine alone: a file, there or missing, or a folder."""
+    """Return whether ``data`` names a local file, existing or not, or a local folder."""
     return is_local_file(data) or os.path.isdir(os.path.expanduser(data))
 
 
@@ -145,10 +145,10 @@ class Calibration(BaseModel):
 
 
 def long_form(raw: object) -> dict[str, Any]:
-    """A calibration's short forms in the long one; keys without a value count as not given.
+    """Convert a calibration's short forms to the long one; keys without a value are left out.
 
     Raises:
-        ValueError: It is none of the forms.
+        ValueError: The value has none of the forms.
     """
     if raw is None:
         return {}
@@ -160,7 +160,7 @@ def long_form(raw: object) -> dict[str, Any]:
 
 
 def entries_of(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The long form of everything under ``data``."""
+    """Return every data source under ``data`` in its long form."""
     data = calibration.get("data")
     if data is None:
         return []
@@ -175,7 +175,7 @@ def entries_of(calibration: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def laid_over(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's calibration over the recipe's default one, both in long form."""
+    """Return the model's calibration completed by the recipe's default one, all in long form."""
     dropped: set[str] = set()
     if "data" in own and "data" in defaults:
         dropped |= {"config", "revision"}  # the default data's own, not this model's
@@ -185,7 +185,7 @@ def laid_over(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
 
 
 def overridden(calibration: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A calibration with the command line's options in place of its own settings."""
+    """Return a calibration whose settings the command line's options have replaced."""
     entries = entries_of(calibration)
     if "samples" in options:  # which holds for every source of a mixture
         entries = [{k: v for k, v in entry.items() if k != "samples"} for entry in entries]
@@ -199,13 +199,13 @@ def calibration_faults(
     *,
     options: bool = False,
 ) -> Iterator[Fault]:
-    """What is wrong with a calibration's keys and values.
+    """Find what is wrong with a calibration's keys and values.
 
     Args:
-        calibration: In long form.
-        label: What each message begins with.
-        place: Where a path inside the calibration, in its long form, stands in the recipe.
-        options: Whether the settings were given as options, to be called by their names.
+        calibration: The calibration in its long form.
+        label: The beginning of each message.
+        place: Gives the place in the recipe for a path in the calibration's long form.
+        options: Whether the settings came from command-line options, to name those in messages.
     """
     try:
         Calibration.model_validate(calibration)
@@ -220,7 +220,7 @@ def calibration_faults(
 
 
 def _phrase(found: Any, several: bool, option: bool) -> tuple[str, str | None]:
-    """One of pydantic's errors in our words; of an unknown key also what was probably meant."""
+    """Return one of pydantic's errors in our words, and for an unknown key the nearest known."""
     path = found["loc"]
     in_source = len(path) > 1 and path[0] == "data"
     where = f"data entry {path[1] + 1}: " if in_source and several else ""

@@ -1,4 +1,4 @@
-"""A recipe as it is written: what YAML has, and the line of each key.
+"""A recipe as it is written: its content, and the line of each key.
 
 PyYAML reads it, as it does in mergekit, so both see the same recipe.
 """
@@ -18,15 +18,14 @@ from mergekit_obim.recipe.faults import Path, Place
 
 @dataclass(frozen=True)
 class Document:
-    """One recipe of a file; of mergekit-multi's files each document is one.
+    """One recipe; each document of a file for mergekit-multi is one.
 
     Attributes:
-        content: What YAML has.
+        content: The content as ``yaml.safe_load`` returns it.
         lines: The line of each key and list entry, from 1, by the path that leads there.
         twice: The keys that stand twice in one mapping; YAML keeps the last.
-        label: What to call it where there are several: mergekit-multi's name for it.
-        stages: The names of the file's other recipes: a model of that name is what one of them
-            makes.
+        label: The recipe's name in messages, if the file has several.
+        stages: The names of the file's other recipes; a model of such a name is made by that one.
     """
 
     content: Mapping[str, Any]
@@ -36,12 +35,12 @@ class Document:
     stages: frozenset[str] = frozenset()
 
     def place(self, *path: str | int) -> Place:
-        """Where a path leads, with the line of it or else of the nearest thing around it."""
+        """Return the place of a path, with its line or that of the nearest key around it."""
         around = (path[:length] for length in range(len(path), 0, -1))
         return Place(path, next((self.lines[p] for p in around if p in self.lines), None))
 
     def known(self, path: Path) -> Path:
-        """As much of a path as leads to something that is written."""
+        """Return the longest beginning of a path that leads to something in the recipe."""
         found: Path = ()
         here: Any = self.content
         for step in path:
@@ -58,7 +57,7 @@ def read_documents(path: FilePath) -> list[Document]:
     """Read every recipe of a file: several are stages of one merge, for mergekit-multi.
 
     Raises:
-        RecipeError: It is not YAML, or holds something that is no mapping.
+        RecipeError: The file is not YAML, or a document in it is not a mapping.
     """
     try:
         documents = parse(path.read_text(encoding="utf-8"))
@@ -85,7 +84,7 @@ def read_document(path: FilePath) -> Document:
     """Read a file of one recipe.
 
     Raises:
-        RecipeError: It is not YAML, no mapping, or holds several recipes.
+        RecipeError: The file is not YAML, not a mapping, or holds several recipes.
     """
     documents = read_documents(path)
     if len(documents) != 1:
@@ -97,10 +96,10 @@ def read_document(path: FilePath) -> Document:
 
 
 def parse(text: str) -> list[Document]:
-    """The documents of a YAML text, whatever they are.
+    """Parse every document of a YAML text, whatever its content.
 
     Raises:
-        yaml.YAMLError: It is no YAML.
+        yaml.YAMLError: The text is not YAML.
     """
     loader = yaml.SafeLoader(text)
     documents = []

@@ -1,8 +1,8 @@
-"""Changing the text of a recipe where YAML's marks say, so that all the rest stays as it is.
+"""Editing the text of a recipe at the positions that PyYAML reports, and leaving the rest alone.
 
-A library that writes YAML anew (ruamel.yaml was tried) keeps comments, but loses those below a
-key that is taken out, and sets others and the indentation its own way. What a recipe needs is
-little: another name or value, a line out, a line in.
+ruamel.yaml, which writes the whole file again, was tried: it keeps comments, but loses those below
+a key that is removed, and changes the indentation. Recipes only need small edits: a key renamed, a
+value replaced, a line removed or added.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from mergekit_obim.recipe.faults import Path
 
 
 class NoSuchPlaceError(LookupError):
-    """A path leads to nothing that is written there: to a merge key's content, for example."""
+    """A path leads to nothing in the text, for example as YAML's ``<<`` merged it in."""
 
 
 def renamed(text: str, path: Path, name: str) -> str:
-    """The text with another name for a key; where that name stands already, without the key."""
+    """Return the text with a key renamed, or removed if the new name is there already."""
     mapping, number = _entry(text, path)
     if any(key.value == name for key, _ in mapping.value):
         return removed(text, path)
@@ -28,12 +28,12 @@ def renamed(text: str, path: Path, name: str) -> str:
 
 
 def replaced(text: str, path: Path, value: object) -> str:
-    """The text with another value in place of one that stands on one line."""
+    """Return the text with a value replaced by one that is written on one line."""
     return _spliced(text, _node(text, path), flow(value))
 
 
 def removed(text: str, path: Path) -> str:
-    """The text without a key and its value; a mapping that would be left empty goes with it."""
+    """Return the text without a key and its value, and without a mapping that this empties."""
     mapping, number = _entry(text, path)
     entries = mapping.value
     if len(entries) == 1 and len(path) > 1:
@@ -56,7 +56,7 @@ def removed(text: str, path: Path) -> str:
 
 
 def added(text: str, path: Path, value: object) -> str:
-    """The text with a new key at the end of a mapping, which is made where there is none."""
+    """Return the text with a new key at the end of a mapping, which may have no value yet."""
     parent, name = path[:-1], str(path[-1])
     node = _node(text, parent)
     if isinstance(node, yaml.ScalarNode) and not node.value:  # `parameters:` with nothing
@@ -75,7 +75,7 @@ def added(text: str, path: Path, value: object) -> str:
 
 
 def appended(text: str, path: Path, value: object) -> str:
-    """The text with a new entry at the end of a list that is not empty."""
+    """Return the text with a new entry at the end of a list that is not empty."""
     node = _node(text, path)
     assert isinstance(node, yaml.SequenceNode)
     end = _end(node.value[-1])
@@ -87,7 +87,7 @@ def appended(text: str, path: Path, value: object) -> str:
 
 
 def flow(value: object) -> str:
-    """A value on one line."""
+    """Return a value as YAML on one line."""
     # In brackets, so that what means something there is quoted.
     text: str = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, width=1 << 16)
     return text.strip()[1:-1]

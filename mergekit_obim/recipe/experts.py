@@ -26,11 +26,11 @@ _ANY_DATA = {"data": "any/set"}
 
 @dataclass(frozen=True)
 class Expert:
-    """A model of the recipe that is not the base.
+    """An expert of the recipe that is to be measured.
 
     Attributes:
         model: The reference in mergekit's string form, ``base@revision+lora@revision``.
-        calibration: What it is measured on.
+        calibration: The data that the expert is measured on, and how.
         reference: The reference as the recipe has it, for ``ModelReference.model_validate``:
             a mapping can hold what the string can't (``override_architecture``).
     """
@@ -45,9 +45,9 @@ class Experts:
     """The experts of a recipe, and what is wrong with their calibration.
 
     Attributes:
-        measured: Those with a calibration, in the recipe's order.
-        faults: What is wrong with calibration keys, and with what was asked for.
-        uncalibrated: By the expert's reference, that it has no calibration data.
+        measured: The experts with a calibration, in the recipe's order.
+        faults: What is wrong with calibration keys, options and the selection of experts.
+        uncalibrated: Expert -> the fault that it has no calibration data.
     """
 
     measured: list[Expert]
@@ -60,13 +60,13 @@ def find_experts(
     overrides: Mapping[str, Any] | None = None,
     only: Collection[str] = (),
 ) -> Experts:
-    """The recipe's experts and their calibration, in the recipe's order.
+    """Find the recipe's experts and their calibration, in the recipe's order.
 
-    Experts are the models under ``models``, ``slices`` and ``modules`` but the base, and but what
-    another recipe of the file makes; one that stands in several slices is one expert.
+    Experts are the models under ``models``, ``slices`` and ``modules``, except the base and what
+    another recipe of the file makes. A model in several slices is one expert.
 
     Args:
-        document: The recipe. What is wrong with its keys is for ``recipe_faults`` to say.
+        document: The recipe; ``recipe_faults`` reports what is wrong with its other keys.
         overrides: Command-line options by their name in Python (``max_length``); ``None``
             values count as not given. ``samples`` holds for every source of a mixture.
         only: If not empty, the references of the experts to return. The others need no
@@ -84,7 +84,7 @@ def find_in_all(
     """Find the experts of every recipe of a file, as :func:`find_experts` does those of one.
 
     Returns:
-        What was found, by recipe. An expert of several recipes is the first one's.
+        The experts of each recipe. An expert of several recipes is listed with the first.
     """
     options = {key: value for key, value in (overrides or {}).items() if value is not None}
     given = {"data": "any.txt", **options}
@@ -111,7 +111,7 @@ def find_in_all(
 
 
 def _expert_parts(document: Document) -> dict[str, list[Part]]:
-    """Where each expert stands, by its reference."""
+    """Return expert -> the parts of the recipe that name it."""
     found: dict[str, list[Part]] = {}
     for part in walk(document):
         if isinstance(part, Part) and part.model and not (part.is_base or part.is_stage):
@@ -124,7 +124,7 @@ def _read_experts(
 ) -> Experts:
     faults = list(_unused(document))
     defaults, wrong_defaults = _read(document, (), document.content.get("calibration"), "")
-    # Checked on its own, so that its faults are told once and not for every model.
+    # Checked on its own, so that its faults are reported once and not for every model.
     faults += wrong_defaults
     if wrong_defaults:
         defaults = {} if defaults and not entries_of(defaults) else _ANY_DATA
@@ -142,7 +142,7 @@ def _read_experts(
             if not wrong and entries_of(whole):
                 wrong = list(_faults(document, part.path, raw, whole, label))
             elif not wrong:
-                # Where the key is misspelt, that is told of the key.
+                # A misspelt `calibration` key is reported as such.
                 if not nearest("calibration", set(map(str, part.content)) - {"calibration"}):
                     uncalibrated[model] = _no_data(document, part)
                 continue

@@ -1,7 +1,7 @@
-"""What is wrong with a recipe, as values that say where it is.
+"""What is wrong with a recipe or its models, as values.
 
-A reader of recipes yields faults and goes on; its caller raises one error that tells them all
-(:func:`raise_errors`), or lists them. So everybody who reads a recipe says the same words.
+What finds a fault yields it and goes on; the caller raises one error that lists all of them
+(:func:`raise_errors`), or prints them. So every command describes a fault in the same words.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Path = tuple[str | int, ...]
 
 Kind = Literal[
     "shape",  # a list where a mapping should be, and the like
-    "reference",  # what should name a model and does not
+    "reference",  # a value that should name a model, but does not
     "structure",  # no base, no expert, an expert twice: nothing can be planned
     "method",  # a merge method that mergekit does not have
-    "key",  # a key that nobody reads
+    "key",  # an unknown key
     "misplaced",  # a parameter among the recipe's keys
     "parameter",  # a parameter that no merge method has
     "foreign",  # a parameter of another merge method
-    "scope",  # a parameter for all models under one of them
+    "scope",  # a parameter of the whole recipe under one model
     "value",  # a parameter's value
     "shares",  # weights that mean something else in the recipe's method
     "stage",  # a model that another recipe of the file makes
@@ -42,18 +42,18 @@ Level = Literal["error", "check_error", "warning"]
 
 @dataclass(frozen=True)
 class Place:
-    """Where something stands in a recipe.
+    """A place in a recipe.
 
     Attributes:
-        path: The keys and list positions that lead there.
-        line: The line in the YAML file, from 1; None if it is not known.
+        path: The keys and list indices that lead to it.
+        line: The line in the YAML file, from 1; None if it is unknown.
     """
 
     path: Path = ()
     line: int | None = None
 
     def __str__(self) -> str:
-        """The path as a reader would write it.
+        """Return the path as people write it.
 
         >>> str(Place(("models", 1, "parameters", "density")))
         'models[1].parameters.density'
@@ -67,18 +67,18 @@ class Fault:
     """One thing that is wrong or unusual about a recipe or its models.
 
     Attributes:
-        kind: What sort of thing; `--fix` goes by it.
-        message: One line: the model, what was found, and the way out.
-        place: Where it stands.
+        kind: The kind of fault, by which `--fix` chooses the correction.
+        message: One line that names the model, says what was found, and what to do.
+        place: The place in the recipe, if it has one.
         level: An ``error`` ends every command before its work begins, a ``warning`` ends none. A
             ``check_error`` counts as an error in ``--check``, as the merge would go against its
             purpose, but the pre-pass and the merge only warn of it: the user may know better.
-        others: Where else it stands, if one line tells of several places.
-        nearest: What was probably meant, of a misspelt name.
-        tensor: The tensor whose plan showed it, if one did; the message names it too.
-        amount: Of densities, what they sum to.
-        error: The kind of error that it is raised as.
-        recipe: Which recipe of the file it is of, where there are several.
+        others: Further places, if one message is about several.
+        nearest: The name that was probably meant instead of a misspelt one.
+        tensor: The tensor that it was found in, if any; the message names it too.
+        amount: The sum of the densities, if that is the fault.
+        error: The class that it is raised as.
+        recipe: The recipe's name, if the file has several.
     """
 
     kind: Kind
@@ -93,28 +93,28 @@ class Fault:
     recipe: str = ""
 
     def __str__(self) -> str:
-        """The message, after the recipe's label and the line of the file where there are such."""
+        """Return the message, after the recipe's name and the line as far as they are known."""
         line = f"line {self.place.line}" if self.place.line else ""
         return ": ".join(filter(None, (self.recipe, line, self.message)))
 
 
 def fault_of(error: ObimError, kind: Kind, tensor: str | None = None) -> Fault:
-    """An error that something else raised, as a value."""
+    """Convert an error that was raised to a fault."""
     return Fault(kind, error.message, tensor=tensor, error=type(error))
 
 
 def nearest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The known word that is most like this one, if any is like it."""
+    """Return the known word that is most similar to this one; None if none is similar."""
     return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)
 
 
 def labelled(faults: Iterable[Fault], label: str) -> list[Fault]:
-    """The faults of one recipe of several, which each of them will name."""
+    """Return the faults of one recipe of several, with its name in each."""
     return [replace(fault, recipe=label) for fault in fold(faults)]
 
 
 def setting_path(path: Path) -> Path:
-    """Of a path into a parameter's value, the part that leads to the parameter.
+    """Shorten a path into a parameter's value to the path of the parameter.
 
     >>> setting_path(("models", 1, "parameters", "density", 0, "value"))
     ('models', 1, 'parameters', 'density')
@@ -123,10 +123,10 @@ def setting_path(path: Path) -> Path:
 
 
 def fold(faults: Iterable[Fault]) -> list[Fault]:
-    """Say once what was found in many tensors, in the order in which it was found.
+    """Combine the same fault of many tensors into one, in the order of their first occurrence.
 
-    The same fault of many tensors becomes that of the first; densities that sum to over 1 become
-    those that sum to most. Each says how many more tensors there are.
+    The first tensor's fault is kept, or for densities that of the tensor with the largest sum. Its
+    message says how many more tensors there are.
     """
     groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in faults:
@@ -144,21 +144,22 @@ def _folded(group: list[Fault]) -> Fault:
 
 
 def errors_of(faults: Iterable[Fault]) -> list[Fault]:
-    """The faults that stop a command."""
+    """Return the faults of level ``error``."""
     return [fault for fault in faults if fault.level == "error"]
 
 
 def warnings_of(faults: Iterable[Fault]) -> list[Fault]:
-    """The faults that are only worth a word."""
+    """Return the faults of level ``warning``."""
     return [fault for fault in faults if fault.level == "warning"]
 
 
 def raise_errors(faults: Iterable[Fault]) -> None:
-    """Raise one error that tells every fault of level ``error``; do nothing without one.
+    """Raise one error that lists every fault of level ``error``; do nothing without any.
 
     Raises:
-        ObimError: A single fault as it is; several with their number, and then a line each. It is
-            of the faults' own kind where they have one in common, else a RecipeError.
+        ObimError: There are errors. The message of a single one is its own; several are counted
+            and listed on a line each. The class is that of the faults if all have the same, and
+            otherwise RecipeError.
     """
     errors = fold(errors_of(faults))
     if len(errors) == 1:

@@ -1,4 +1,4 @@
-"""Putting right what is wrong with a recipe, as far as it is clear what was meant."""
+"""Correcting a recipe where it is clear what was meant."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LIKE_ON_THE_HUB = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 
 
 def path_warnings(document: Document) -> Iterator[Fault]:
-    """Folders that mergekit's card writer takes for repositories on the Hub."""
+    """Warn of folders that mergekit's card writer would take for repositories on the Hub."""
     found: dict[str, list[Place]] = {}
     for path, reference in _references(document):
         for name in _paths(reference):
@@ -51,7 +51,7 @@ def path_warnings(document: Document) -> Iterator[Fault]:
 
 @dataclass(frozen=True)
 class Change:
-    """One change to a recipe: what it is, and why it was made."""
+    """One change to a recipe, and the reason for it."""
 
     what: str
     why: str
@@ -66,14 +66,14 @@ def change_lines(changes: Iterable[Change]) -> list[str]:
 
 
 def mend(text: str, find: Callable[[Document], Iterable[Fault]]) -> tuple[str, list[Change]]:
-    """Put right what can be put right without a look at the models.
+    """Correct what can be corrected without reading the models.
 
     Args:
         text: The recipe.
-        find: Finds what is wrong with a recipe.
+        find: Finds the faults of a recipe.
 
     Returns:
-        The new text, and each change.
+        The new text, and the changes.
     """
     changes: list[Change] = []
     for _ in range(_TIMES):
@@ -94,7 +94,7 @@ def mend(text: str, find: Callable[[Document], Iterable[Fault]]) -> tuple[str, l
 
 
 def _mended(text: str, document: Document, fault: Fault, path: Path) -> tuple[str, Change] | None:
-    """The text with one fault put right at one place; None if that takes somebody who knows."""
+    """Return the text with one fault corrected at one place; None if only the user can tell how."""
     where, near = str(Place(path)), fault.nearest
     if not path:
         return None
@@ -141,10 +141,10 @@ def scale_densities(text: str, total: float) -> tuple[str, list[Change]]:
 
     Args:
         text: The recipe.
-        total: The largest sum that any tensor's densities have.
+        total: The largest sum of one tensor's densities.
 
     Returns:
-        The new text, and each change.
+        The new text, and the changes.
     """
     changes: list[Change] = []
     why = f"the densities summed to {total:.4g}, and experts share each tensor's positions"

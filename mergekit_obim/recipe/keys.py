@@ -1,8 +1,8 @@
-"""Which keys a recipe has, and where: the one table, and the one walk over it.
+"""The keys that a recipe may have, as one table, and the one walk over a recipe.
 
-mergekit drops a key that it does not know without a word. What it knows is written down here and
-not asked of its pydantic models, because importing them takes seconds, and a misspelt recipe
-should be told at once; a test holds the table to them. A new key of ours goes into the ``ours`` of
+mergekit silently ignores keys that it does not know. Those that it knows are listed here instead of
+taken from its pydantic models, because importing those takes seconds, and a misspelt key should be
+reported at once; a test compares the table with them. A new key of ours is added to the ``ours`` of
 its section, and is known everywhere.
 """
 
@@ -21,12 +21,12 @@ Shape = Literal["one", "list", "named"]
 
 @dataclass(frozen=True)
 class Section:
-    """What may stand in one kind of mapping.
+    """The keys that one kind of mapping in a recipe may have.
 
     Attributes:
-        keys: Those that mergekit reads.
-        ours: Those that only we read.
-        below: The keys that lead to further sections: to one, a list of them, or several by name.
+        keys: The keys that mergekit reads.
+        ours: The keys that only mergekit-obim reads.
+        below: The keys that hold further sections: one, a list, or several by name.
     """
 
     keys: tuple[str, ...]
@@ -35,7 +35,7 @@ class Section:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """Every key that somebody reads."""
+        """Every key that mergekit or mergekit-obim reads."""
         return self.keys + self.ours
 
 
@@ -68,27 +68,28 @@ SECTIONS = {
     "condition": Section(("value", "filter")),
 }
 INPUTS = ("model", "source")
-# Where parameters stand, in the words of an error; those of one model are told by its name.
+# The names of `parameters` in messages; those of one model go by its name.
 PARAMETERS = {
     "recipe": "parameters",
     "module": "module parameters",
     "slice": "slice parameters",
 }
-# Less alike, and it may be a key that someone keeps for themselves.
+# The least similarity of an unknown key to a known one that counts as misspelt. Less similar keys
+# may be notes that users keep in their recipes.
 _MISSPELT = 0.75
 
 
 @dataclass(frozen=True)
 class Part:
-    """A mapping of a recipe that has keys of its own.
+    """One of a recipe's mappings that have a fixed set of keys.
 
     Attributes:
-        kind: Which of ``SECTIONS`` it is.
-        path: What leads there.
+        kind: The key of ``SECTIONS`` that describes it.
+        path: The path that leads to it.
         content: Its keys and values.
-        base: The base model that holds there, as a reference in mergekit's string form.
-        model: Of a model or a slice's source, its reference in the same form.
-        is_stage: Whether that is what another recipe of the file makes.
+        base: The base model that applies to it, as a reference in mergekit's string form.
+        model: The reference of a model or of a slice's source, in the same form.
+        is_stage: Whether another recipe of the file makes this model.
     """
 
     kind: str
@@ -100,27 +101,27 @@ class Part:
 
     @property
     def is_base(self) -> bool:
-        """Whether this is the base, which mergekit may have listed among the models."""
+        """Whether this is the base, which recipes may list among the models."""
         return self.model is not None and self.model == self.base
 
     @property
     def label(self) -> str:
-        """What it is called in an error."""
+        """The name of this part in messages."""
         if self.model is not None:
             return f"model {self.model}"
         return str(Place(self.path)) or "the recipe"
 
     @property
     def parameters_label(self) -> str:
-        """What its parameters are called in an error."""
+        """The name of this part's parameters in messages."""
         return PARAMETERS.get(self.kind, self.label)
 
 
 def walk(document: Document) -> Iterator[Part | Fault]:
-    """Go through a recipe: every part in the order of the file's sections, and every wrong shape.
+    """Walk through a recipe, part by part.
 
     Yields:
-        A part before those below it; a fault in place of what cannot be read.
+        Each part before those below it, and a fault in place of a part that cannot be read.
     """
     base = yield from _reference(document, ("base_model",), document.content.get("base_model"))
     yield from _walk(document, Part("recipe", (), document.content, base))
@@ -179,18 +180,18 @@ def unknown_keys(
     parameters: Collection[str] = (),
     foreign: Collection[str] = (),
 ) -> Iterator[Fault]:
-    """Keys of one part that nobody reads.
+    """Find the keys of one part that neither mergekit nor mergekit-obim reads.
 
     Args:
         document: The recipe.
         part: The part.
-        parameters: Those of the recipe's merge method.
-        foreign: Those that only other methods have.
+        parameters: The parameters of the recipe's merge method.
+        foreign: The parameters that only other methods have.
 
     Yields:
-        An error for a key that is misspelt, as far as one can tell, and for a parameter that does
-        not stand under ``parameters``; a warning for any other, and for a parameter of another
-        method its name.
+        An error for a key that looks misspelt, and for a parameter outside ``parameters``; a
+        warning for any other key. The warning for a parameter of another method has only its name
+        as the message, for the caller to combine them.
     """
     known = SECTIONS[part.kind].known
     holds_parameters = "parameters" in known
@@ -214,7 +215,7 @@ def unknown_keys(
 
 
 def base_of(document: Document) -> object:
-    """The recipe's base as it is written; None without one, or if another recipe makes it."""
+    """Return the base as it is written; None if there is none, or another recipe makes it."""
     base = document.content.get("base_model")
     made = base is not None and _path_of(reference_string(base)) in document.stages
     return None if made else base
@@ -225,12 +226,13 @@ def _path_of(reference: str) -> str:
 
 
 def reference_string(reference: object) -> str:
-    """A model reference as ``str(mergekit.common.ModelReference)`` writes it.
+    """Return a model reference as ``str(mergekit.common.ModelReference)`` writes it.
 
-    A string comes back as it is. Written again here for the same reason as the table above.
+    A string is returned as it is. This repeats mergekit's code, because importing mergekit to
+    report a misspelt recipe would take seconds.
 
     Raises:
-        ValueError: if mergekit would not read it.
+        ValueError: mergekit would refuse the reference.
     """
     if isinstance(reference, str) and reference:
         parts = reference.split("+")
@@ -253,7 +255,7 @@ def _path_string(path: object) -> str:
 
 
 def _reference(document: Document, path: Path, value: object) -> Generator[Fault, None, str | None]:
-    """Yields the fault, if there is one; returns the reference in its string form, or None."""
+    """Yield the fault, if there is one; return the reference in its string form, or None."""
     if value is None:
         return None
     try:
@@ -269,7 +271,7 @@ def _wrong_shape(document: Document, path: Path, wanted: str, found: object) -> 
 
 
 def kind_of(value: object) -> str:
-    """What a value is, in a word or two for an error."""
+    """Return the type of a value in a word or two, for a message."""
     if isinstance(value, list):
         return "a list" + (f" with {kind_of(value[0])}" if value else "")
     return {str: "a text", dict: "a mapping", type(None): "nothing"}.get(type(value), repr(value))

@@ -16,7 +16,7 @@ _SHARE = 0.5
 
 
 class Parameter(Protocol):
-    """What is asked of a parameter: mergekit's ``ParameterSpec`` has it, ours says it in a line."""
+    """The part of mergekit's ``ParameterSpec`` that the reader of recipes needs."""
 
     @property
     def name(self) -> str: ...
@@ -32,11 +32,11 @@ class Method:
     """A merge method as far as recipes concern it.
 
     Attributes:
-        name: What a recipe calls it.
-        parameters: Those that a recipe may set, by name.
+        name: The name that recipes give under ``merge_method``.
+        parameters: The parameters that a recipe may set, by name.
         ours: Whether its parameters are checked here; mergekit's own methods check theirs.
-        copies: Whether, under these parameters of the recipe, an expert's elements are copied, so
-            that its weight scales them and is no share of a sum.
+        copies: Says whether, with these parameters of the recipe, elements are copied from single
+            experts, so that a weight scales them and is not a share of a sum.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Method:
 def parameter_faults(
     document: Document, part: Part, method: Method, foreign: Collection[str]
 ) -> Iterator[Fault]:
-    """What is wrong with the parameters that stand in one part of a recipe.
+    """Find what is wrong with the parameters in one part of a recipe.
 
     Args:
         document: The recipe.
@@ -57,7 +57,8 @@ def parameter_faults(
         foreign: The parameters that only other methods have.
 
     Yields:
-        Errors; and of a parameter of other methods, which is ignored, a warning with its name.
+        Errors; and for each parameter of other methods, which is ignored, a warning that has only
+        its name as the message.
     """
     for name, setting in settings_of(part):
         path = (*part.path, "parameters", name)
@@ -84,7 +85,7 @@ def parameter_faults(
 
 
 def settings_of(part: Part) -> Iterator[tuple[str, Any]]:
-    """The name and the setting of each parameter that stands in a part."""
+    """Yield the name and the setting of each parameter in one part of a recipe."""
     settings = part.content.get("parameters")
     if isinstance(settings, Mapping):
         for name, setting in settings.items():
@@ -106,7 +107,7 @@ def _wrong_values(
 
 
 def leaves(setting: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
-    """Every plain value of a setting, of a gradient and of each filter's branch, and its path.
+    """Yield path and value for every value in a setting, a gradient, or a filter's branches.
 
     A branch itself, a mapping with ``filter`` and ``value``, comes before what is in it.
     """
@@ -122,7 +123,7 @@ def leaves(setting: Any, path: Path = ()) -> Iterator[tuple[Path, Any]]:
 
 
 def stage_warnings(document: Document, parts: Sequence[Part]) -> Iterator[Fault]:
-    """Say what a model needs that another recipe of the file makes: nobody can measure it yet."""
+    """Warn that a model which another recipe of the file makes has no saliency yet."""
     for part in parts:
         if part.is_stage and not part.is_base and "saliency" not in dict(settings_of(part)):
             message = (
@@ -154,9 +155,9 @@ def share_warnings(document: Document, parts: Sequence[Part], method: Method) ->
                 found |= {p: v for p, v in leaves(setting, path) if not isinstance(v, Mapping)}
     weights = [value for value in found.values() if isinstance(value, int | float)]
     if len(weights) == len(found) and weights and 0 < min(weights) <= _SHARE:
-        told = ", ".join(f"{weight:g}" for weight in dict.fromkeys(weights))
+        values = ", ".join(f"{weight:g}" for weight in dict.fromkeys(weights))
         message = (
-            f"the weights ({told}) look like shares of a sum, which {method.name} does not make: "
+            f"the weights ({values}) look like shares of a sum, which {method.name} does not make: "
             "an element is one expert's, and becomes base + weight · δ; leave weight out to take "
             "the expert's own element"
         )

@@ -1,6 +1,6 @@
-"""Telling whether two model references mean one model, however its folder is written.
+"""Recognising references that are written differently and mean one model.
 
-Imports nothing heavy: a recipe is read before mergekit is imported.
+Nothing heavy is imported here, as recipes are read before mergekit is imported.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Iterable
 
 
 def identity(reference: str) -> str:
-    """What two references have in common if they mean one model.
+    """Return a string that is equal for two references if they mean one model.
 
     Folders are compared by where they are, so ``./a``, ``a/`` and ``/home/me/a`` are one model;
     what is not on this machine is compared as it is written. mergekit compares strings only.
 
     Args:
-        reference: In mergekit's string form, ``model[@revision][+adapter[@revision]]``.
+        reference: A reference of the form ``model[@revision][+adapter[@revision]]``.
     """
     return "+".join(_identity(part) for part in reference.split("+"))
 
@@ -27,7 +27,7 @@ def _identity(part: str) -> str:
 
 
 def written_in_two_ways(references: Iterable[str]) -> str | None:
-    """A line on a model that is written in two ways, if one is among a recipe's models.
+    """Return a message if one of a recipe's models is written in two ways; None otherwise.
 
     Args:
         references: The recipe's models, with its base.
