@@ -22,7 +22,6 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from mergekit_obim import __version__
 from mergekit_obim.api.arguments import PathLike, calling, refuse, run_options
 from mergekit_obim.api.saliency import ExpertSaliency, read_saliency
-from mergekit_obim.calibration import run as running
 from mergekit_obim.calibration.data import prepare
 from mergekit_obim.calibration.data.images import RowProcessor, placeholders
 from mergekit_obim.calibration.memory import out_of_memory
@@ -32,6 +31,8 @@ from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.recording import calibration_record, entries, pooled_warnings
 from mergekit_obim.calibration.resume import Checkpoint
+from mergekit_obim.calibration.run import measure as measure_prepared
+from mergekit_obim.calibration.run import prepare_expert
 from mergekit_obim.errors import (
     CalibrationError,
     CheckpointError,
@@ -51,7 +52,7 @@ from mergekit_obim.recipe.calibration import (
     overridden,
 )
 from mergekit_obim.recipe.experts import Expert
-from mergekit_obim.recipe.faults import raise_errors
+from mergekit_obim.recipe.faults import errors_of, raise_errors
 from mergekit_obim.saliency.file import SaliencyMetadata
 from mergekit_obim.saliency.fingerprint import fingerprint
 
@@ -221,17 +222,17 @@ def _measure_stored(
     base = _reference(base_model) if base_model is not None else None
     opened = open_models([base] if base else [], options)
     opened.models[reference] = open_model(reference, options)
-    findings = list(opened.faults)
+    faults = list(opened.faults)
     # Whether vocabularies are going to be aligned is for the merge to say.
-    findings += inspect_models(opened.models, base, options, aligned=True, merging=False)
-    if errors := [finding.message for finding in findings if finding.level == "error"]:
-        raise CheckpointError("; ".join(errors))
+    faults += inspect_models(opened.models, base, options, aligned=True, merging=False)
+    if errors := errors_of(faults):
+        raise CheckpointError("; ".join(fault.message for fault in errors))
     expert = Expert(str(reference), calibration, reference.model_dump())
-    prepared = running.prepare_expert(expert, base, opened.models, folder, options, Ranks())
-    measured = running.measure(prepared, options, Ranks())
+    prepared = prepare_expert(expert, base, opened.models, folder, options, Ranks())
+    measured = measure_prepared(prepared, options, Ranks())
     assert measured is not None  # there is no other process
-    for finding in findings:
-        LOG.warning(finding.message)
+    for fault in faults:
+        LOG.warning(fault.message)
     for warning in measured.warnings:
         LOG.warning("model %s: %s", reference, warning)
     return read_saliency(measured.path)
