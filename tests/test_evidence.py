@@ -40,6 +40,7 @@ def lab(cache: Path) -> Lab:
     return Lab(SMOKE, 0, cache / "smoke/seed0")
 
 
+@pytest.mark.slow
 def test_every_table_is_filled_by_the_real_commands_and_shown(cache: Path) -> None:
     figures = run(cache)
     assert list(figures) == list(TABLES)
@@ -53,6 +54,7 @@ def test_every_table_is_filled_by_the_real_commands_and_shown(cache: Path) -> No
         assert f"| {name} | default | **{page.mean(row['default']['recovery']):.3f}** |" in shown
 
 
+@pytest.mark.slow
 def test_plots_show_the_figures_and_are_the_same_again(cache: Path, tmp_path: Path) -> None:
     kept = {"smoke": run(cache, "--table", "density", "--table", "count", "--table", "methods")}
     drawn = plots.draw(cache / "docs", kept)
@@ -66,6 +68,7 @@ def test_plots_show_the_figures_and_are_the_same_again(cache: Path, tmp_path: Pa
     assert changed == [True, False, True]
 
 
+@pytest.mark.slow
 def test_what_was_made_is_found_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run(cache, "--table", "order")
 
@@ -78,11 +81,13 @@ def test_what_was_made_is_found_again(cache: Path, monkeypatch: pytest.MonkeyPat
     assert second["order"]["0"]["figures"] == first["order"]["0"]["figures"]
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_experiment(cache: Path) -> None:
     figures = run(cache, "--seed", "0", "--seed", "1", "--table", "models")["models"]
     assert figures["0"]["figures"]["base"] != figures["1"]["figures"]["base"]
 
 
+@pytest.mark.slow
 def test_recovery_is_of_the_losses_of_the_models_themselves(cache: Path) -> None:
     """One method whose merge is known: a third of each task vector."""
     one = lab(cache)
@@ -107,6 +112,7 @@ def test_recovery_is_of_the_losses_of_the_models_themselves(cache: Path) -> None
         assert recovery[task] == pytest.approx((base - loss) / (base - expert), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_checkpoints_are_of_one_run(cache: Path) -> None:
     one = lab(cache)
     states = [load_file(path / "model.safetensors") for path in one.models(BASE, *CHECKPOINTS)]

@@ -270,6 +270,7 @@ def test_a_head_that_the_config_ties_may_be_missing(math: Path) -> None:
     assert not list(completeness(opened(math), ACCESS, is_base=True, merging=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_architectures_checkpoint_is_traced(name: str, tmp_path: Path) -> None:
     """What transformers wrote is complete and loads as it is; without a tensor, it is not."""

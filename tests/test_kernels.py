@@ -287,6 +287,7 @@ def test_selection_is_exact_whatever_the_bracket(
     assert owner.reshape(-1).tolist() == expected.tolist()
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(merge=merges(), cut=CUTS)
 def test_what_runs_on_other_devices_gives_the_same(

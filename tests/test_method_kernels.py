@@ -379,6 +379,7 @@ METHODS: dict[str, Callable[[torch.Tensor, Sequence[Expert]], torch.Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("method", METHODS)
 def test_a_large_merge_is_the_same_with_any_cut_and_threads(method: str) -> None:

@@ -340,6 +340,7 @@ def shared_settings(family: Family, case: Case) -> dict[str, Any]:
     return where | case.shared
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_graph_path_is_the_reference(name: str, family: Family, tmp_path: Path) -> None:
     case = CASES[name]
@@ -434,6 +435,7 @@ def test_mergekit_pytorch_is_the_reference(name: str, family: Family, tmp_path: 
     assert_same(merged, expected_merge(family, case))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [method.spec.name for method in METHODS])
 def test_a_base_that_is_listed_among_the_models_is_no_expert(
     method: str, family: Family, tmp_path: Path

@@ -118,6 +118,7 @@ FOREIGN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", REFUSED)
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_swapped(path: Path, method: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -205,6 +205,7 @@ def _check(
         raise RecipeError(f"--fix {fixed}: is there already: name another file, or --overwrite")
 
     from mergekit_obim import checking
+    from mergekit_obim.saliency.file import write_text
 
     run_options = _run_options(documents[0].content, options)
     if fixed is None:
@@ -214,21 +215,11 @@ def _check(
         text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
         write = bool(verdict.changes) or not verdict.errors
         if write:
-            _write(fixed, text)
+            write_text(fixed, text)
         told = "written" if write else "not written: nothing could be put right by itself"
         click.echo(f"{fixed}: {told}", err=True)
     click.echo(verdict.to_json() if as_json else "\n".join(verdict.lines()))
     click.get_current_context().exit(1 if verdict.errors else 0)
-
-
-def _write(path: Path, text: str) -> None:
-    from mergekit_obim.saliency.file import atomic_write
-
-    try:
-        with atomic_write(path) as file:
-            file.write(text.encode())
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be written: {one_line(error)}") from error
 
 
 def _measure(
@@ -340,7 +331,7 @@ def _inspected(
     """The experts to measure and their base, opened and looked at.
 
     Raises:
-        CheckpointError: One of them cannot be measured, or not be merged.
+        ObimError: Some of them cannot be measured, or not be merged; the message names them all.
     """
     from mergekit.common import ModelReference
 
@@ -351,25 +342,24 @@ def _inspected(
         open_models,
     )
     from mergekit_obim.models.opened import open_model
+    from mergekit_obim.recipe.faults import fault_of, raise_errors
 
     opened = open_models([base] if base else [], options)
     # What is to be measured is downloaded, and its adapter merged, if need be.
     for expert in experts:
         reference = ModelReference.model_validate(expert.reference)
-        opened.models[reference] = open_model(reference, options)
+        try:
+            opened.models[reference] = open_model(reference, options)
+        except ObimError as error:
+            opened.faults.append(fault_of(error, "model"))
     found = list(opened.faults)
     found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it
             found += inspect_absent(base, options)
-    errors = []
-    for finding in found:
-        if finding.level == "error":
-            errors.append(finding.message)
-        elif ranks.first:
-            click.echo(f"Warning: {finding.message}", err=True)
-    if errors:
-        raise CheckpointError("; ".join(errors))
+    raise_errors(found)
+    for fault in found if ranks.first else ():
+        click.echo(f"Warning: {fault}", err=True)
     return opened
 
 

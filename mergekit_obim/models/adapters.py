@@ -19,13 +19,12 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from mergekit.common import ModelPath, ModelReference
 from safetensors import safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -33,6 +32,7 @@ from transformers.utils.hub import cached_file, extract_commit_hash
 from mergekit_obim.errors import AdapterError, ObimError, quoted
 from mergekit_obim.models.files import file_headers
 from mergekit_obim.models.layers import block_of
+from mergekit_obim.models.locking import locked
 from mergekit_obim.recipe.references import identity
 from mergekit_obim.saliency.file import PUBLISHED_NAME
 from mergekit_obim.saliency.fingerprint import sample
@@ -100,7 +100,7 @@ def merged(
     there = look_up(reference, cache_dir)
     if there.rebuild_reason:
         check_adapter(reference)
-        with _in_one_line(reference), _locked(there.folder):
+        with _in_one_line(reference), locked(there.folder, waiting=lambda: None):
             # Another process may have made it while this one waited.
             there = look_up(reference, cache_dir)
             if there.rebuild_reason:
@@ -118,20 +118,6 @@ def _in_one_line(reference: ModelReference) -> Iterator[None]:
         raise AdapterError(
             f"model {reference}: the adapter cannot be merged into its model: {quoted(error)}"
         ) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of a merged adapter's folder, so that one process at a time makes it."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = folder.with_name(f".{folder.name}.lock")
-    with FileLock(lock):
-        try:
-            yield
-        finally:
-            # Whoever waits for a lock file that is gone makes another. Windows keeps it.
-            with suppress(OSError):
-                lock.unlink()
 
 
 def look_up(reference: ModelReference, cache_dir: str) -> MergedAdapter:
