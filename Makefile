@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
 	@echo "make test   run the tests"
-	@echo "make test-fast  all but those marked slow: what to run after each change (under a minute)"
+	@echo "make test-fast  all but those marked slow: what to run after each change (about a minute)"
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (22 minutes)"
 	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (20 minutes)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"

@@ -202,6 +202,7 @@ LEFT = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", LEFT)
 def test_what_is_left_is_never_taken_for_the_merged_model(
     left: Callable[[Setting, Path], None], setting: Setting, caplog: pytest.LogCaptureFixture
@@ -365,6 +366,7 @@ def an_adapter_in_the_model(setting: Setting) -> None:
     shutil.copy(setting.adapter / "adapter_config.json", setting.model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [

@@ -132,6 +132,7 @@ def test_h_equals_the_float64_reference(name: str) -> None:
         assert torch.broadcast_shapes(curvature.h.shape, shape) == shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED_WHOLE)
 def test_bfloat16_models_are_squared_in_float32(name: str) -> None:
     # Against the model's own bf16 activations; against float32's, rounding in the model counts.
@@ -142,6 +143,7 @@ def test_bfloat16_models_are_squared_in_float32(name: str) -> None:
         assert (got[parameter].h - h).norm() <= 5e-2 * h.norm(), parameter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORED_WHOLE)
 def test_skipping_logits_changes_nothing(name: str) -> None:
     model = tiny_models.build(name)

@@ -732,6 +732,7 @@ def test_device_that_is_not_there(world: World, refuse_prepass: Callable[..., st
     says(refuse_prepass(world.recipe(), "--device", "gpu0"), "--device gpu0", "leave --device out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["to", "forward"])
 @pytest.mark.parametrize(
     "error",
@@ -920,6 +921,7 @@ def before_renaming(kill: Callable[[], None]) -> None:
     saliency_file.os.replace = lambda *_: kill()  # type: ignore[assignment]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 @pytest.mark.parametrize("when", [while_measuring, while_writing, before_renaming])

@@ -64,6 +64,7 @@ def pickled_and_sharded(tensors: checkpoints.Tensors, folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("store", [sharded, pickled, pickled_and_sharded])
 def test_how_the_weights_are_stored_changes_nothing(
     world: World, tmp_path: Path, store: Callable[[checkpoints.Tensors, Path], None]

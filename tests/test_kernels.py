@@ -83,6 +83,7 @@ def test_obim_is_the_reference(
         assert merged.untyped_storage().data_ptr() not in pointers
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(merge=merges(sums_over_one=True), cut=CUTS, normalize=st.booleans())
 def test_ties_is_the_reference(

@@ -245,6 +245,7 @@ def test_regmean_weighs_by_h_and_weight() -> None:
     assert regmean(base, [a, b]).tolist() == [1.0, 1.0, 1.0]
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(merge=merges(sums_over_one=True), cut=CUTS, normalize=st.booleans())
 def test_obm_sign_is_the_reference(merge: Merge, cut: Cut, normalize: bool) -> None:
@@ -308,6 +309,7 @@ def test_consensus_drops_what_is_one_experts_own_or_nobodys() -> None:
 # --- PCB -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @SETTINGS
 @given(merge=merges(), cut=CUTS)
 def test_pcb_is_the_reference(merge: Merge, cut: Cut) -> None:

@@ -80,6 +80,7 @@ def merge(text: str, out: Path) -> Any:
     return commands.mergekit_yaml(recipe, out, *OPTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_as_it_is(path: Path, tmp_path: Path) -> None:
     succeed(merge(path.read_text(), tmp_path / "merged"))

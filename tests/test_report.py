@@ -99,6 +99,7 @@ def h_of(family: Family, k: int, name: str) -> np.ndarray | float:
     return 1.0 if h is None else h.double().numpy()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "scales"),
     [

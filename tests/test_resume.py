@@ -276,6 +276,7 @@ def damaged(recipe: dict[str, Any], patch: pytest.MonkeyPatch) -> str:
     return "cannot be read ("
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change", [changed_recipe, changed_data, changed_model, changed_version, damaged]
 )
