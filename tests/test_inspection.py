@@ -200,9 +200,17 @@ def with_shards(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_bin(folder: Path) -> None:
+    """An older format holds something else."""
+    tensors = load_file(folder / "model.safetensors")
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in tensors.items()}
+    torch.save(zeros, folder / "pytorch_model.bin")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
+        (with_bin, ("two sets of weights", "pytorch_model.bin will not be read")),
         (with_adapter, ("an adapter beside full weights", "adapter_config.json", "MODEL+ADAPTER")),
         (with_shards, ("two sets of weights", "model.safetensors")),
     ],

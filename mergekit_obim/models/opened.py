@@ -90,13 +90,17 @@ class OpenModel:
 
     @property
     def unread(self) -> list[str]:
-        """The weight files in the folder that transformers would load and mergekit does not."""
+        """The weight files in the folder that are not of the set of weights that mergekit reads."""
         # transformers applies an adapter that lies beside full weights.
         found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
         shards = {shard.filename for shard in self.loader.index.shards}
         found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
-        return [name for name in found if (self.folder / name).exists()]
+        if self.loader.index.is_safetensors and not self.commit:
+            # Nobody reads these beside safetensors, but their owner may think so. In the Hub's
+            # cache both forms are of one commit.
+            found += [_SINGLE[1], f"{_SINGLE[1]}.index.json"]
+        return [name for name in dict.fromkeys(found) if (self.folder / name).exists()]
 
     def load(self, name: str) -> torch.Tensor:
         """Read a stored tensor, lazily where its file allows that.
