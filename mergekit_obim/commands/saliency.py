@@ -77,9 +77,17 @@ class DeviceMemory(ParamType):
         )
 
 
+class TwoUsages(GroupedHelp):
+    """Help for a command that either measures the experts of a recipe or combines their files."""
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        formatter.write_usage(ctx.command_path, "[OPTIONS] CONFIG OUT_DIR")
+        formatter.write_usage(ctx.command_path, "--combine FILE FILE... -o NEW", "       ")
+
+
 @click.command(
     "obim-saliency",
-    cls=GroupedHelp,
+    cls=TwoUsages,
     groups={
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
         "Output": ("dense", "overwrite"),
@@ -114,22 +122,22 @@ class DeviceMemory(ParamType):
 @click.option(
     "--check",
     is_flag=True,
-    help="Measure nothing: tell all that is wrong with the recipe. With OUT_DIR, before the "
-    "pre-pass; without, before the merge",
+    help="Measure nothing: list everything that is wrong with the recipe. Give OUT_DIR before the "
+    "pre-pass, and leave it out before the merge",
 )
 @click.option(
     "--fix",
     "fixed",
     type=NEW_FILE,
     metavar="NEW",
-    help="With --check: write a recipe in which all is put right that is clear, and say what",
+    help="With --check: write a corrected recipe to this file, and say what was changed and why",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option(
     "--combine",
     is_flag=True,
-    help="Measure nothing: write the means of saliency files, weighted by their tokens, for what "
-    "was merged of their models",
+    help="Measure nothing: write the token-weighted means of saliency files, as the saliency of a "
+    "model that was merged from theirs",
 )
 @click.option(
     "-o",
