@@ -349,18 +349,14 @@ def _inspected(
         is_aligned,
         open_models,
     )
-    from mergekit_obim.models.opened import open_model
-    from mergekit_obim.recipe.faults import fault_of, raise_errors
+    from mergekit_obim.recipe.faults import raise_errors
 
     opened = open_models([base] if base else [], options)
     # What is to be measured is downloaded, and its adapter merged, if need be.
-    for expert in experts:
-        reference = ModelReference.model_validate(expert.reference)
-        try:
-            opened.models[reference] = open_model(reference, options)
-        except ObimError as error:
-            opened.faults.append(fault_of(error, "model"))
-    found = list(opened.faults)
+    wanted = [ModelReference.model_validate(expert.reference) for expert in experts]
+    fetched = open_models(wanted, options, fetch=True)
+    opened.models |= fetched.models
+    found = [*opened.faults, *fetched.faults]
     found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it

@@ -18,7 +18,6 @@ from mergekit.options import MergeOptions
 from pydantic import BaseModel
 
 from mergekit_obim.errors import ObimError
-from mergekit_obim.models.faults import model_fault
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors
 from mergekit_obim.recipe.fix import path_warnings
@@ -35,18 +34,12 @@ def inspect_recipe(config: MergeConfiguration, options: MergeOptions) -> None:
     """
     # Imported here, so that merges with other methods do not wait for it.
     from mergekit_obim.methods.planning import registry
-    from mergekit_obim.models.inspection import inspect_models, is_aligned
-    from mergekit_obim.models.opened import open_model
+    from mergekit_obim.models.inspection import inspect_models, is_aligned, open_models
 
-    faults: list[Fault] = []
-    models = {}
-    for reference in sorted(config.referenced_models(), key=str):
-        try:
-            models[reference] = open_model(reference, options)
-        except ObimError as error:
-            faults.append(model_fault("error", error.message))
+    opened = open_models(config.referenced_models(), options, fetch=True)
+    faults = opened.faults
     faults += inspect_models(
-        models,
+        opened.models,
         config.base_model,
         options,
         aligned=is_aligned(config) or options.unsafe_truncate_embeddings,

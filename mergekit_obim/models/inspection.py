@@ -20,7 +20,7 @@ from mergekit_obim.models.completeness import completeness
 from mergekit_obim.models.faults import model_fault
 from mergekit_obim.models.opened import Access, OpenModel, local_folder, open_config, open_model
 from mergekit_obim.models.quantised import quantised
-from mergekit_obim.recipe.faults import Fault
+from mergekit_obim.recipe.faults import Fault, fault_of
 
 
 @dataclass
@@ -43,17 +43,25 @@ class Opened:
         return {reference: model for reference, model in self.models.items() if model.is_readable}
 
 
-def open_models(references: Collection[ModelReference], access: Access) -> Opened:
-    """Open the models that are on this machine; nothing is downloaded, and no adapter merged."""
+def open_models(
+    references: Collection[ModelReference], access: Access, *, fetch: bool = False
+) -> Opened:
+    """Open a recipe's models, and note those that cannot be opened.
+
+    Args:
+        references: The models; they are opened in the order of their names.
+        access: How models are read.
+        fetch: Whether to download what is not on this machine, and to merge adapters.
+    """
     opened = Opened()
     for reference in sorted(references, key=str):
-        if reason := absent(reference, access):
+        if not fetch and (reason := absent(reference, access)):
             opened.absent[reference] = reason
             continue
         try:
             opened.models[reference] = open_model(reference, access)
         except ObimError as error:
-            opened.faults.append(model_fault("error", error.message))
+            opened.faults.append(fault_of(error, "model"))
     return opened
 
 

@@ -18,7 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from mergekit_obim.errors import CheckpointError
 from mergekit_obim.models.completeness import missing_tensors
 from mergekit_obim.models.faults import first_few
-from mergekit_obim.models.names import sources_of
+from mergekit_obim.models.names import Sources, sources_of
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.saliency.fingerprint import Fingerprint, sample
 
@@ -38,9 +38,10 @@ def check_loaded(
         CheckpointError: A parameter was not loaded, or holds other values; the message names the
             tensors and the likely reason.
     """
-    if missing := missing_tensors(model, opened):
+    sources = sources_of(model, opened.names)
+    if missing := missing_tensors(model, opened, sources):
         raise CheckpointError(f"model {opened.label}: {missing}")
-    differing = list(_differing(model, opened, prints))
+    differing = list(_differing(model, sources, prints))
     if differing:
         raise CheckpointError(
             f"model {opened.label}: transformers loaded other values than mergekit reads of "
@@ -50,11 +51,10 @@ def check_loaded(
 
 
 def _differing(
-    model: PreTrainedModel, opened: OpenModel, prints: Mapping[str, Fingerprint]
+    model: PreTrainedModel, sources: Sources, prints: Mapping[str, Fingerprint]
 ) -> Iterator[str]:
     """Yield the stored tensors whose values are not those of the model."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    sources = sources_of(model, opened.names)
     for name, stored in sources.renamed.items():
         known = [own for own in stored if own in prints]
         if name not in parameters or not known:

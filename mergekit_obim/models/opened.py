@@ -89,18 +89,25 @@ class OpenModel:
         return not self._read[1]
 
     @property
-    def unread(self) -> list[str]:
-        """The weight files in the folder that are not of the set of weights that mergekit reads."""
+    def misread(self) -> list[str]:
+        """The weight files in the folder that transformers would load and mergekit does not."""
         # transformers applies an adapter that lies beside full weights.
         found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
         shards = {shard.filename for shard in self.loader.index.shards}
         found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
+        return [name for name in found if (self.folder / name).exists()]
+
+    @property
+    def unread(self) -> list[str]:
+        """The weight files in the folder that are not of the set of weights that mergekit reads."""
+        found = list(self.misread)
         if self.loader.index.is_safetensors and not self.commit:
             # Nobody reads these beside safetensors, but their owner may think so. In the Hub's
             # cache both forms are of one commit.
-            found += [_SINGLE[1], f"{_SINGLE[1]}.index.json"]
-        return [name for name in dict.fromkeys(found) if (self.folder / name).exists()]
+            older = (_SINGLE[1], f"{_SINGLE[1]}.index.json")
+            found += [name for name in older if (self.folder / name).exists()]
+        return list(dict.fromkeys(found))
 
     def load(self, name: str) -> torch.Tensor:
         """Read a stored tensor, lazily where its file allows that.
@@ -146,18 +153,18 @@ class OpenModel:
         Raises:
             CheckpointError: Links cannot be made here.
         """
-        unread = self.unread
-        if not unread:
+        misread = self.misread
+        if not misread:
             yield self.merged.model
             return
         with TemporaryDirectory(prefix="mergekit-obim-") as links:
             try:
                 for path in self.folder.iterdir():
-                    if path.name not in unread:
+                    if path.name not in misread:
                         Path(links, path.name).symlink_to(path.resolve())
             except OSError as error:  # Windows asks for a right to make links
                 raise CheckpointError(
-                    f"model {self.label}: {', '.join(unread)} must not be read: move "
+                    f"model {self.label}: {', '.join(misread)} must not be read: move "
                     f"these files out of {self.folder} ({quoted(error)})"
                 ) from error
             yield ModelPath(path=links)
