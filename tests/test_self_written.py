@@ -33,6 +33,7 @@ from mergekit_obim.calibration.writing import GROUP, write_rows
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.recipe.calibration import Calibration
 from test_ranks import run_pair, same_but_for_rounding
+from tiny_processors import MODELS, architecture, processor
 from tiny_tokenizers import BOS, CHAT_TEMPLATE, EOS, byte_ids, byte_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -292,7 +293,23 @@ def test_a_chat_model_writes_both_sides(world: World, tmp_path: Path) -> None:
         assert (len(turns) == 1) or str(reply)[1:-1] in str(ids)
         roles.add(tuple(message["role"] for message in row["messages"]))
     assert roles == {("user",), ("user", "assistant")}
-    assert record(world, chat, out)["template"] is not None
+    found = record(world, chat, out)
+    assert found["template"] is not None
+    # The file is data like any other, too: through the template, and with the end of the answer.
+    recipe = self_recipe(world, chat, data=str(rows_file(out)), samples=20, max_length=48)
+    path = commands.write_recipe(tmp_path, recipe, "again.yml")
+    succeed(commands.obim_saliency(path, tmp_path / "again"))
+    again = record(world, chat, tmp_path / "again")
+    assert (again["template"], again["samples"]) == (found["template"], 20)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_vision_language_model_writes_text(name: str) -> None:
+    model = architecture(name).build().eval()
+    measured = mergekit_obim.measure(
+        model, "self", tokenizer=processor(name), samples=50, max_length=16, quiet=True
+    )
+    assert measured.metadata.calibration["samples"] == 50
 
 
 def test_a_second_run_reads_what_the_first_wrote(
@@ -368,6 +385,17 @@ def test_killed_while_it_writes_nothing_is_left(world: World, tmp_path: Path) ->
     assert not list(out.glob("*.jsonl"))
     succeed(commands.obim_saliency(path, out))
     assert sorted(file.suffix for file in out.iterdir()) == [".jsonl", ".safetensors"]
+
+
+def test_offloaded_it_writes_the_same(world: World, tmp_path: Path) -> None:
+    path = commands.write_recipe(tmp_path, self_recipe(world, world.math))
+    outs = [tmp_path / "whole", tmp_path / "offloaded"]
+    succeed(commands.obim_saliency(path, outs[0]))
+    spread = ("--device-map", "auto", "--max-memory", "cpu=20KiB")
+    succeed(commands.obim_saliency(path, outs[1], *spread))
+    one, other = map(commands.contents, outs)
+    assert one.keys() == other.keys()
+    assert rows_file(outs[0]).read_bytes() == rows_file(outs[1]).read_bytes()
 
 
 def test_beside_a_file(world: World, tmp_path: Path) -> None:
