@@ -140,6 +140,7 @@ def test_where_memory_runs_out_fewer_are_written_at_once(monkeypatch: pytest.Mon
         return rows
 
     monkeypatch.setattr(writing, "_group", small)
+    monkeypatch.setattr(writing, "clear_device_cache", lambda **_: None)  # which takes its time
     assert written(model, few) == wanted
     assert sizes == [16, 8, 4, 4, 8, 4, 4]
 
@@ -205,6 +206,7 @@ def test_the_end_of_a_turn_and_what_no_text_has() -> None:
     template = "{{ bos_token }}{{ messages[0]['content'] }}<pad>"
     config = tiny_models.build("llama-tied").config
     config.vocab_size, config.image_token_id = 262, 99
+    config.image_token_index = 300  # which has no row
     calibration = Calibration.model_validate({"data": "self", "max_length": 9})
     tokenizer = byte_tokenizer(chat_template=template)
     found = writing_of(calibration, tokenizer, None, config, None, None)

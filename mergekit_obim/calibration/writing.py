@@ -22,6 +22,7 @@ from transformers import (
 
 from mergekit_obim.calibration.capture import input_device
 from mergekit_obim.calibration.data.self_written import Writing, WrittenRow
+from mergekit_obim.calibration.feeding import full_precision
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.errors import CalibrationError, ObimError, quoted
 
@@ -171,7 +172,7 @@ def _group(
     """Have the model write the rows of these numbers, calling `went_on` at every token of each."""
     rows = [_Row(writing, number) for number in numbers]
     ids = torch.tensor([row.ids for row in rows], device=input_device(model))
-    with torch.no_grad():
+    with torch.no_grad(), full_precision():
         cast(Any, model).generate(
             ids,
             attention_mask=torch.ones_like(ids),

@@ -169,12 +169,13 @@ def writing_of(
             "to begin with; raise it"
         )
     text_config = config.get_text_config()
-    stops = {tokenizer.eos_token_id, *_numbers(ends), *_numbers(text_config.eos_token_id)} - {None}
+    configured = getattr(text_config, "eos_token_id", None)
+    stops = {tokenizer.eos_token_id, *_numbers(ends), *_numbers(configured)} - {None}
     if opening.reply and opening.reply[0] in tokenizer.added_tokens_decoder:
         stops.add(opening.reply[0])  # such as <|im_end|>
     # Some embeddings have rows that no token has; an image's token stands for what is not text.
     count = int(getattr(text_config, "vocab_size", None) or len(tokenizer))
-    unused = set(range(count)).difference(tokenizer.get_vocab().values()) | placeholders(config)
+    unused = set(range(count)).difference({*tokenizer.get_vocab().values()} - placeholders(config))
     firsts = set() if opening.start else set(range(count)) - unused - {*tokenizer.all_special_ids}
     dtype = calibration.dtype or getattr(config, "dtype", None) or "float32"
     return Writing(
