@@ -10,6 +10,7 @@
 ``least_error``  mutually exclusive masks that minimise it
 ``regmean``      the mean that minimises it: RegMean with diagonal Gram matrices
 ``tally``        what an assignment keeps of each expert, counted
+``lengths``      how much shorter than task vectors their mean is
 ``kinship``      how alike task vectors are
 ``baselines``    other authors' methods
 ``blocks``       walking over tensors in cache-sized parts
