@@ -45,4 +45,7 @@ def nystrom_factor(sketch: torch.Tensor, h: torch.Tensor) -> torch.Tensor:
     kept = values > noise
     factor = y @ (vectors[:, kept] / values[kept].sqrt())
     diagonal = factor.square().sum(1)
-    return factor * (h / diagonal).clamp(max=1).nan_to_num(0).sqrt()[:, None]
+    # 0 / 0 is a feature that no token has, and x / 0 one that the sketch tells nothing of.
+    shortened = (h / diagonal).clamp(max=1).nan_to_num(0).sqrt()
+    result: torch.Tensor = factor * shortened[:, None]
+    return result

@@ -35,7 +35,9 @@ import torch
 
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels.blocks import CPU_BLOCK, DEVICE_BLOCK, scratch
+from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.merging import scaled_sum
+from mergekit_obim.kernels.nystrom import nystrom_factor
 from mergekit_obim.kernels.scores import working_dtype
 
 # The least share of h that a_k is taken for: with a shrink of 1 nothing may be left of it, and a
@@ -43,6 +45,9 @@ from mergekit_obim.kernels.scores import working_dtype
 _LEAST_REST = 1e-6
 # Up to so many input features the systems with full matrices are solved in float64.
 _FLOAT64_FEATURES = 1024
+# With fewer rows at a time, the V_k and C would be most of what is read.
+_FEWEST_ROWS = 32
+_TASK_VECTOR_COLUMNS = 32
 _FULL_BLOCK = 4  # blocks at once, where each is multiplied by a matrix of d × d
 
 
@@ -62,6 +67,10 @@ class Gram:
     full: Callable[[], torch.Tensor] | None = None
 
 
+# Gives what is known of the inputs of a layer, by the layer's number in a stack of them.
+Layers = Callable[[int], Gram]
+
+
 @dataclass(frozen=True)
 class _Solution:
     """D = E + Q C of one layer, but for the task vectors; d-wide rows throughout.
@@ -75,6 +84,48 @@ class _Solution:
     shares: torch.Tensor
     columns: list[torch.Tensor]
     rows: torch.Tensor
+
+
+def merge_regmean_layers(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    axis: int,
+    layers: Sequence[Layers],
+    weights: Sequence[float],
+    shrink: float,
+    scale: float,
+) -> torch.Tensor:
+    """Merge a layer's weight, or those of a mixture's experts, each by itself.
+
+    Args:
+        base: θ_B, [out, d] or [layers, out, d], or with the last two swapped.
+        experts: θ_k, of the same shape, dtype and device.
+        axis: Which axis the input features are: −1, or −2 where they are swapped.
+        layers: What is known of each expert's inputs.
+        weights: w_k, not negative.
+        shrink: s, from 0 to 1.
+        scale: On the merged task vector.
+
+    Returns:
+        A new contiguous tensor of the base's shape and dtype.
+
+    Raises:
+        UnscorableError: A task vector, a sketch or a Gram matrix is not finite.
+    """
+    merged = torch.empty(base.shape, dtype=base.dtype, device=base.device)
+    into, start = input_last(merged, axis), input_last(base, axis)
+    ends = [input_last(expert, axis) for expert in experts]
+    for index in range(len(start) if start.numel() else 0):
+        grams = [known(index) for known in layers]
+        tensors = [end[index] for end in ends]
+        merge_regmean_gram(start[index], tensors, grams, weights, shrink, scale, into[index])
+    return merged
+
+
+def input_last(weight: torch.Tensor, axis: int) -> torch.Tensor:
+    """Return a weight as [layers, out, d], a view; see :func:`merge_regmean_layers`."""
+    stack = weight if weight.ndim == 3 else weight[None]
+    return stack if axis == -1 else stack.mT
 
 
 def merge_regmean_gram(
@@ -239,7 +290,7 @@ def _row_blocks(matrix: torch.Tensor, times: int = 1) -> Iterator[slice]:
     """Cut a matrix into blocks of whole rows."""
     rows, width = matrix.shape
     limit = times * (CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK)
-    step = max(1, limit // max(width, 1))
+    step = max(_FEWEST_ROWS, limit // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
 
@@ -270,3 +321,48 @@ def _deltas_and_mean(
 def _check_finite(values: torch.Tensor) -> None:
     if not values.isfinite().all():
         raise UnscorableError("the task vector or the Gram matrix of its inputs is not finite")
+
+
+def task_vector_layers(
+    base: torch.Tensor, experts: Sequence[torch.Tensor], axis: int
+) -> list[Layers]:
+    """Return what task vectors themselves tell of their layers' inputs, without any data.
+
+    A gradient step of a layer is g xᵀ, a sum of its inputs x, so δᵀ δ is large where the inputs
+    were: it takes the place of G = E[x xᵀ], scaled to a mean diagonal of 1 for every expert. It is
+    sketched as G is, with 32 columns, or with d where the sketches of all experts together would
+    have no fewer. An expert that does not differ from its base tells nothing: its G is I.
+
+    Source: covariance matrices from differences of weights, arXiv 2604.01329, and ACE-Merging,
+    arXiv 2603.02945, which scale and damp them in ways of their own.
+
+    Args:
+        base: As in :func:`merge_regmean_layers`, like the other arguments.
+        experts: θ_k.
+        axis: The axis of the input features.
+    """
+    start, features = input_last(base, axis), base.shape[axis]
+    few = len(experts) * _TASK_VECTOR_COLUMNS < features
+    omega = draw_test_matrix(features, _TASK_VECTOR_COLUMNS if few else features)
+
+    def layers_of(expert: torch.Tensor) -> Layers:
+        end = input_last(expert, axis)
+        return lambda index: _task_vector_gram(start[index], end[index], omega)
+
+    return [layers_of(expert) for expert in experts]
+
+
+def _task_vector_gram(base: torch.Tensor, expert: torch.Tensor, omega: torch.Tensor) -> Gram:
+    ones = torch.ones(1, base.shape[1], dtype=working_dtype(base.dtype), device=base.device)
+    omega = omega.to(ones)
+    h = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
+    sketch = torch.zeros(omega.shape, dtype=torch.float64, device=base.device)
+    for part in _row_blocks(base):
+        (delta,), _ = _deltas_and_mean(part, base, [expert], ones)
+        sketch += delta.T @ (delta @ omega)
+        h += delta.square().sum(0)
+    mean = float(h.mean())
+    if mean == 0:
+        return Gram(torch.ones_like(h))
+    h /= mean
+    return Gram(h, nystrom_factor(sketch / mean, h))
