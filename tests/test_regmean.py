@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import reference
 from kernel_inputs import same_bits, strided
 from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels import regmean_gram
@@ -25,6 +26,7 @@ from mergekit_obim.kernels.regmean_gram import (
     task_vector_layers,
 )
 from mergekit_obim.kernels.scores import Candidate, Saliency
+from reference import gram_estimate as estimate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -59,25 +61,8 @@ def a_layer(
     return Layer(base, experts, [x.T @ x / tokens for x in inputs])
 
 
-def approximation(gram: Tensor, columns: int) -> Tensor:
-    """L = Y (Ωᵀ Y)⁺ Yᵀ."""
-    omega = draw_test_matrix(len(gram), columns).double()
-    sketch = gram @ omega
-    return sketch @ torch.linalg.pinv(omega.T @ sketch, hermitian=True, rtol=1e-9) @ sketch.T
-
-
-def estimate(gram: Tensor, shrink: float, columns: int | None = None) -> Tensor:
-    """Ĝ: the diagonal of G, and the other elements of L, or of G itself, times the shrink."""
-    result = shrink * (gram if columns is None else approximation(gram, columns))
-    result.diagonal().copy_(gram.diagonal())
-    return result
-
-
 def solved(layer: Layer, estimates: Sequence[Tensor], weights: Sequence[float] = WEIGHTS) -> Tensor:
-    """W of Σ w (W − W_k) Ĝ_k = 0."""
-    matrix = sum(w * g for w, g in zip(weights, estimates, strict=True))
-    pulls = [w * e.double() @ g for w, e, g in zip(weights, layer.experts, estimates, strict=True)]
-    return torch.linalg.solve(matrix, sum(pulls).T).T
+    return reference.regmean(layer.base, layer.experts, estimates, weights)
 
 
 def sketched(gram: Tensor, columns: int) -> Gram:
@@ -131,7 +116,8 @@ def test_the_factor_is_nystroms_approximation_and_never_more_than_the_matrix(col
     assert factor.shape == (20, columns)
     low = factor @ factor.T
     rounding = 1e-6 * float(gram.diagonal().max())
-    expected = approximation(gram, columns)
+    expected = estimate(gram, 1.0, columns)
+    expected.diagonal().copy_(low.diagonal())
     torch.testing.assert_close(low, expected, rtol=0, atol=rounding)
     assert torch.linalg.eigvalsh(gram - low).min() > -rounding
     assert (low.diagonal() <= gram.diagonal() * (1 + 1e-6)).all()
@@ -178,7 +164,7 @@ def test_sketches_give_the_minimum(shape: tuple[int, int], columns: int, shrink:
 @pytest.mark.parametrize("shrink", [0.5, 1.0])
 def test_as_many_columns_as_features_are_regmean(shrink: float) -> None:
     layer = a_layer()
-    expected = solved(layer, [estimate(g, shrink) for g in layer.grams])
+    expected = solved(layer, [estimate(g, shrink, None) for g in layer.grams])
     close(merge(layer, [sketched(g, 20) for g in layer.grams], shrink), expected, layer, 2e-5)
 
 
@@ -190,7 +176,7 @@ def test_whole_matrices_are_regmean(
     """In float64, and in float32 as for layers with many features."""
     monkeypatch.setattr(regmean_gram, "_FLOAT64_FEATURES", limit)
     layer = a_layer(d=33).to(torch.float64 if limit else torch.float32)
-    expected = solved(layer, [estimate(g, shrink) for g in layer.grams])
+    expected = solved(layer, [estimate(g, shrink, None) for g in layer.grams])
     merged = merge(layer, [whole(g) for g in layer.grams], shrink)
     if limit:
         close(merged, expected, layer, 1e-6 if shrink == 1 else 1e-12)
@@ -204,7 +190,7 @@ def test_experts_may_be_known_to_different_degrees(
 ) -> None:
     layer = a_layer()
     mean = {
-        whole: lambda g: estimate(g, 0.9),
+        whole: lambda g: estimate(g, 0.9, None),
         by_five: lambda g: estimate(g, 0.9, 5),
         diagonal: lambda g: g.diagonal().diag(),
     }
@@ -427,6 +413,6 @@ def test_an_expert_like_its_base_tells_nothing_of_its_inputs() -> None:
     deltas = [e - layer.base for e in layer.experts]
     grams = [d.T @ d * 20 / (d.square().sum() or 1) for d in deltas]
     grams[1] = torch.eye(20, dtype=DOUBLE)
-    expected = solved(layer, [estimate(g, 0.5) for g in grams])
+    expected = solved(layer, [estimate(g, 0.5, None) for g in grams])
     merged = merge_regmean_layers(layer.base, layer.experts, -1, known, WEIGHTS, 0.5, 1.0)
     close(merged, expected, layer, 1e-6)

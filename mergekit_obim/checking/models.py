@@ -117,6 +117,7 @@ def check_plan(
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
+    verdict.warnings += found.fallbacks.sketch_warnings()
     for (model, outcome), tensors in found.fallbacks.found.items():
         verdict.fallbacks.append({"model": model, "outcome": outcome, "tensors": tensors})
     return missing
