@@ -14,6 +14,7 @@ which is never more than G: G − L is positive semidefinite, as G itself is.
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -53,3 +54,35 @@ def draw_test_matrix(features: int, columns: int) -> torch.Tensor:
         for c in range(columns)
     ]
     return torch.from_numpy(np.stack(bits, 1).astype(np.float32) * 2 - 1)
+
+
+def pack_triangle(matrix: torch.Tensor) -> torch.Tensor:
+    """Return the upper triangle of a symmetric matrix, row after row.
+
+    Args:
+        matrix: [..., d, d], any floating dtype.
+
+    Returns:
+        [..., d (d + 1) / 2], bfloat16: half of what it takes, twice.
+    """
+    d = matrix.shape[-1]
+    packed = matrix.new_empty((*matrix.shape[:-2], d * (d + 1) // 2), dtype=torch.bfloat16)
+    # Row by row: the indices of all elements would take eight times the memory of the matrix.
+    at = 0
+    for row in range(d):
+        packed[..., at : at + d - row] = matrix[..., row, row:]
+        at += d - row
+    return packed
+
+
+def unpack_triangle(packed: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric matrix [..., d, d], float32, of what :func:`pack_triangle` gave."""
+    d = math.isqrt(2 * packed.shape[-1])
+    matrix = packed.new_empty((*packed.shape[:-1], d, d), dtype=torch.float32)
+    at = 0
+    for row in range(d):
+        part = packed[..., at : at + d - row]
+        matrix[..., row, row:] = part
+        matrix[..., row:, row] = part
+        at += d - row
+    return matrix
