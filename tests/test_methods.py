@@ -275,22 +275,22 @@ CASES = {
         [{}, {"criterion": "magnitude"}, {}], LEAST, tune=second_by_magnitude
     ),
     "least error, unscored base": Case(shared={**LEAST, "unscored": "base"}, tune=norms_barred),
-    "regmean": Case(method="regmean_diag"),
-    "regmean, dense": Case(method="regmean_diag", form="dense"),
-    "regmean, weighed": Case(
+    "diagonal": Case(method="regmean_diag"),
+    "diagonal, dense": Case(method="regmean_diag", form="dense"),
+    "diagonal, weighed": Case(
         WEIGHED,
         {"lambda": 0.7},
         method="regmean_diag",
         tune=weighed,
         reference={"lambda_": 0.7},
     ),
-    "regmean, bfloat16": Case(
+    "diagonal, bfloat16": Case(
         method="regmean_diag", top={"dtype": "bfloat16"}, dtype=torch.bfloat16
     ),
-    "regmean, one by magnitude": Case(
+    "diagonal, one by magnitude": Case(
         [{}, {"criterion": "magnitude"}, {}], method="regmean_diag", tune=second_by_magnitude
     ),
-    "regmean, unscored base": Case(
+    "diagonal, unscored base": Case(
         shared={"unscored": "base"}, method="regmean_diag", tune=norms_barred
     ),
     "sign": Case(method="obm_sign"),
@@ -402,7 +402,7 @@ def test_modules_with_gradients_are_merged(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["density and weight", "least error", "regmean, weighed", "consensus, balanced"]
+    "name", ["density and weight", "least error", "diagonal, weighed", "consensus, balanced"]
 )
 def test_mergekit_pytorch_is_the_reference(name: str, family: Family, tmp_path: Path) -> None:
     case = CASES[name]
@@ -479,7 +479,7 @@ def test_registering_again_changes_nothing() -> None:
     after = {method.spec.name: method for method in merge_methods.registered_methods()}
     assert after == before
     assert merge_methods.get("obim") is before["obim"]
-    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"}
+    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "regmean", "consensus_ta", "pcb"}
     assert ours == {method.spec.name for method in METHODS} <= set(before)
 
 
