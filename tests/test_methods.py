@@ -284,19 +284,19 @@ CASES = {
         [{}, {"criterion": "magnitude"}, {}], LEAST, tune=second_by_magnitude
     ),
     "least error, unscored base": Case(shared={**LEAST, "unscored": "base"}, tune=norms_barred),
-    "regmean": Case(method="regmean_diag"),
-    "regmean, dense": Case(method="regmean_diag", form="dense"),
-    "regmean, weighed": Case(
+    "diagonal": Case(method="regmean_diag"),
+    "diagonal, dense": Case(method="regmean_diag", form="dense"),
+    "diagonal, weighed": Case(
         WEIGHED,
         {"lambda": 0.7},
         method="regmean_diag",
         tune=weighed,
         reference={"lambda_": 0.7},
     ),
-    "regmean, stretched": Case(
+    "diagonal, stretched": Case(
         shared={"stretch": 1.5}, method="regmean_diag", reference={"stretch": 1.5}
     ),
-    "regmean, stretched by what was measured": Case(
+    "diagonal, stretched by what was measured": Case(
         WEIGHED,
         {"lambda": 0.7, "stretch": "auto"},
         method="regmean_diag",
@@ -304,13 +304,13 @@ CASES = {
         reference={"lambda_": 0.7},
         auto=True,
     ),
-    "regmean, bfloat16": Case(
+    "diagonal, bfloat16": Case(
         method="regmean_diag", top={"dtype": "bfloat16"}, dtype=torch.bfloat16
     ),
-    "regmean, one by magnitude": Case(
+    "diagonal, one by magnitude": Case(
         [{}, {"criterion": "magnitude"}, {}], method="regmean_diag", tune=second_by_magnitude
     ),
-    "regmean, unscored base": Case(
+    "diagonal, unscored base": Case(
         shared={"unscored": "base"}, method="regmean_diag", tune=norms_barred
     ),
     "sign": Case(method="obm_sign"),
@@ -433,8 +433,8 @@ def test_modules_with_gradients_are_merged(family: Family) -> None:
         "density and weight",
         "least error",
         "nearest, weighed",
-        "regmean, weighed",
-        "regmean, stretched by what was measured",
+        "diagonal, weighed",
+        "diagonal, stretched by what was measured",
         "consensus, balanced",
     ],
 )
@@ -513,7 +513,7 @@ def test_registering_again_changes_nothing() -> None:
     after = {method.spec.name: method for method in merge_methods.registered_methods()}
     assert after == before
     assert merge_methods.get("obim") is before["obim"]
-    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"}
+    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "regmean", "consensus_ta", "pcb"}
     assert ours == {method.spec.name for method in METHODS} <= set(before)
 
 

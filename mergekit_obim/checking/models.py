@@ -123,6 +123,7 @@ def check_plan(
             verdict.stretch = [outcome for outcome in outcomes if outcome]
         except ObimError as error:
             verdict.errors.append(error.message)
+    verdict.warnings += found.fallbacks.sketch_warnings()
     for (model, outcome), tensors in found.fallbacks.found.items():
         verdict.fallbacks.append({"model": model, "outcome": outcome, "tensors": tensors})
     return missing

@@ -32,11 +32,12 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mergekit.architecture
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import BatchOptions, TensorGroup
 
@@ -48,6 +49,7 @@ from mergekit_obim.methods.planning import (
     PlanReport,
     is_planned,
     plan_in_memory,
+    plan_input_axis,
     plan_stretch,
     plan_tensor,
     registry,
@@ -251,7 +253,8 @@ def _plan_tasks(
             places[model] = (loader, stored) if stored and gather is vocabulary else None
             if model == task.base_model:
                 continue
-            parameters = dict(task.input_parameters[model].items())
+            own = dict(task.input_parameters[model].items())
+            parameters = method.plan_parameters(own, task.parameters)
             key = model, parameters["saliency"]
             if key in refused or not verified_once(verified, loader, model, parameters, found):
                 refused.add(key)
@@ -271,6 +274,8 @@ def _plan_tasks(
         if values["layer"] is None:
             values["layer"] = layers[weight.name]
         values |= plan_stretch(method, weight.name, places, inputs, values, found)
+        trusted = LoaderCache().trust_remote_code
+        values |= plan_input_axis(values, weight.name, task.base_model, trusted)
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         fields |= {"parameters": values, "input_parameters": {**per_expert, task.base_model: {}}}
         result.append((weight, type(task)(**fields)))
@@ -330,6 +335,7 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
             places[config.base_model if is_base else model] = (loader, tensor_name) if has else None
             if is_base:
                 continue
+            parameters |= method.plan_parameters(parameters, shared)
             if not verified_once(verified, loader, model, parameters, found):
                 continue
             tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
@@ -341,6 +347,9 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
         names = frozenset().union(*(loader.index.tensor_paths for loader in ours))
         shared["layer"] = layers(names)[tensor_name]
+        beside = Path(config.base_model)  # a file of weights, or a folder
+        folder = ModelPath(path=str(beside if beside.is_dir() else beside.parent))
+        shared |= plan_input_axis(shared, tensor_name, ModelReference(model=folder))
         for model, name in chosen.items():
             per_input[model]["tensor_name"] = name
         shared |= plan_stretch(method, tensor_name, places, present, shared, found)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from mergekit_obim.errors import RecipeError
 
 # Filled in by the planners; not for recipes.
-PLANNED = ("tensor_name", "vocabulary_rows", "layer", "cosines")
+PLANNED = ("tensor_name", "vocabulary_rows", "layer", "cosines", "input_axis")
 NOT_NEGATIVE = ("mask_threshold", "min_agreement", "stretch")
 # As `stretch`: what makes the experts' mean as long as each of them.
 AUTO = "auto"
@@ -61,6 +61,11 @@ class Parameter(ParameterSpec):
             raise RecipeError(
                 f"parameter density: {value} lies outside 0…1; it is the share of each tensor's "
                 "positions that the expert may claim"
+            )
+        if self.name == "shrink" and value is not None and not 0 <= value <= 1:
+            raise RecipeError(
+                f"parameter shrink: {value} lies outside 0…1; it is how much the correlations of "
+                "input features count"
             )
         if self.name in NOT_NEGATIVE and value is not None and value < 0:
             raise RecipeError(f"parameter {self.name}: {value} is negative")

@@ -14,6 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from mergekit_obim.kernels.gram import draw_test_matrix
+
 BASE = -1
 """The owner of a position that no expert claims."""
 
@@ -361,6 +363,38 @@ def regmean_diag(
         if bottom != 0:
             merged[i] += top / bottom * dtype(lambda_ * stretch)
     return rounded(merged, base)
+
+
+def gram_estimate(gram: torch.Tensor, shrink: float, columns: int | None) -> torch.Tensor:
+    """Ĝ of RegMean: G's diagonal, and its other elements, or those of L, times the shrink.
+
+    Args:
+        gram: G, float64 [d, d].
+        shrink: s.
+        columns: Of the sketch; 0 for the diagonal alone, None for G itself.
+    """
+    low = gram if columns is None else torch.zeros_like(gram)
+    if columns:
+        omega = draw_test_matrix(len(gram), columns).double()
+        sketch = gram @ omega
+        low = sketch @ torch.linalg.pinv(omega.T @ sketch, hermitian=True, rtol=1e-9) @ sketch.T
+    estimate = shrink * low
+    estimate.diagonal().copy_(gram.diagonal())
+    return estimate
+
+
+def regmean(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    grams: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """θ_B + scale · D, Σ w_k (D − δ_k) Ĝ_k = 0, in float64, of weights [out, in]."""
+    deltas = [expert.double() - base.double() for expert in experts]
+    matrix = sum(w * g for w, g in zip(weights, grams, strict=True))
+    pulls = sum(w * d @ g for w, d, g in zip(weights, deltas, grams, strict=True))
+    return base.double() + scale * torch.linalg.solve(matrix, pulls.T).T
 
 
 # --- baselines ----------------------------------------------------------------------------
