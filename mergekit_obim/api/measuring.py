@@ -42,7 +42,7 @@ from mergekit_obim.errors import (
     quoted,
 )
 from mergekit_obim.models.inspection import inspect_models, open_models
-from mergekit_obim.models.names import weight_names
+from mergekit_obim.models.names import sources_of, weight_names
 from mergekit_obim.models.opened import open_model
 from mergekit_obim.recipe import Place
 from mergekit_obim.recipe.calibration import (
@@ -286,7 +286,7 @@ def _measure_loaded(
     untied = remove_tied_weights_from_state_dict(model.state_dict(), model)
     stored = _Stored(revert_weight_conversion(model, untied))
     # Before the run, which unties the tied among offloaded weights.
-    names = weight_names(model, stored.names)
+    names = weight_names(model, sources_of(model, stored.names))
     with _evaluating(model):
         try:
             capture = run_through(

@@ -36,45 +36,24 @@ if TYPE_CHECKING:
     from mergekit_obim.models.inspection import Opened
     from mergekit_obim.recipe.experts import Expert
 
-    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
-else:
-    ParamType = click.ParamType
+
+def _batch_size(value: str) -> int | str:
+    if value == "auto":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a positive number nor 'auto'")
 
 
-class BatchSize(ParamType):
-    """A positive number, or ``auto``."""
-
-    name = "integer|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value if value == "auto" else int(value)
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
-
-
-class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
-
-    name = "device=size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, int | str]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(
-                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
-            )
-        device, size = found.groups()
-        return int(device) if device.isdecimal() else device, (
-            int(size) if size.isdecimal() else size
+def _device_memory(value: str) -> tuple[int | str, int | str]:
+    """Read ``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
+    found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", value, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(
+            f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB"
         )
+    device, size = (int(part) if part.isdecimal() else part for part in found.groups())
+    return device, size
 
 
 class TwoUsages(GroupedHelp):
@@ -105,7 +84,8 @@ class TwoUsages(GroupedHelp):
 )
 @click.option(
     "--batch-size",
-    type=BatchSize(),
+    type=_batch_size,
+    metavar="INTEGER|AUTO",
     help="Sequences per forward pass; changes the speed only  [default: auto]",
 )
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
@@ -153,7 +133,11 @@ class TwoUsages(GroupedHelp):
     "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
 )
 @click.option(
-    "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
+    "--max-memory",
+    type=_device_memory,
+    metavar="DEVICE=SIZE",
+    multiple=True,
+    help="With --device-map; repeatable",
 )
 @shared_options
 def main(
@@ -405,31 +389,6 @@ def _device(asked: str | None, number: int) -> str:
             "--device out to take what there is"
         ) from error
     return device
-
-
-def read_recipe(path: Path) -> Mapping[str, Any]:
-    """A recipe as YAML has it.
-
-    Raises:
-        RecipeError: It is not YAML, no mapping, or several.
-    """
-    import yaml
-
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
-    if len(documents) > 1:
-        raise RecipeError(
-            f"{path}: is a mergekit-multi recipe of {len(documents)} documents, which this command "
-            "does not read yet: give each stage a file of its own, without lines of ---"
-        )
-    recipe = documents[0] if documents else None
-    if not isinstance(recipe, dict):
-        raise RecipeError(
-            f"{path}: not a recipe: it should be a mapping with merge_method and models"
-        )
-    return recipe
 
 
 def _summary(measured: Measured) -> str:

@@ -40,8 +40,6 @@ class WeightComparison:
             from the sample to the whole.
         identical: The experts whose sampled values are all equal to the base's.
         twins: The pairs of experts whose sampled values are all equal.
-        shapes: For each expert, the tensors whose shape is not the base's: name -> (own, base's).
-        missing: For each expert, the tensors of the base that it does not have.
         broken: For each model, the first tensor in which NaN or infinite values were found.
     """
 
@@ -50,8 +48,6 @@ class WeightComparison:
     moments: Moments
     identical: list[str] = field(default_factory=list)
     twins: list[tuple[str, str]] = field(default_factory=list)
-    shapes: dict[str, dict[str, tuple[list[int], list[int]]]] = field(default_factory=dict)
-    missing: dict[str, list[str]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
     def errors(self) -> Iterator[str]:
@@ -129,6 +125,7 @@ def compare_weights(
     models = list(experts)
     found = WeightComparison(base, models, Moments.zero(len(models)))
     same = dict.fromkeys(models, True)
+    complete = set(models)  # those with all tensors of the base, in its shapes
     twins = {(one, other): True for i, other in enumerate(models) for one in models[:i]}
     compared = 0
     readers = {
@@ -142,12 +139,11 @@ def compare_weights(
         samples: dict[str, torch.Tensor] = {}
         for model, weights in experts.items():
             if name not in weights.index.tensor_paths:
-                found.missing.setdefault(model, []).append(name)
+                complete.discard(model)
                 continue
             own = readers[model].load(name)
             if own.shape != weight.shape:
-                shapes = list(own.shape), list(weight.shape)
-                found.shapes.setdefault(model, {})[name] = shapes
+                complete.discard(model)
             elif own.is_floating_point():
                 samples[model] = sample(own).double()
         compared += bool(samples)
@@ -170,7 +166,6 @@ def compare_weights(
     for reader in (base_reader, *readers.values()):
         reader.close()
     if compared:
-        complete = set(models) - found.missing.keys() - found.shapes.keys()
         found.identical = [model for model in models if same[model] and model in complete]
         found.twins = [pair for pair, equal in twins.items() if equal and complete >= set(pair)]
     return found
