@@ -18,7 +18,7 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
-from mergekit_obim.errors import CheckpointError, quoted
+from mergekit_obim.errors import CheckpointError, quoted, told_as
 from mergekit_obim.models.adapters import ADAPTER_FILES
 from mergekit_obim.models.adapters import merged as merge_adapter
 from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
@@ -133,14 +133,14 @@ class OpenModel:
             yield model_fault("error", f"model {self.label}: {fault}")
         if unread := self.unread:
             them = "it" if len(unread) == 1 else "them"
-            what, other_way = "two sets of weights", ""
+            what, way = "two sets of weights", ""
             if unread[0] in ADAPTER_FILES:
                 what = "an adapter beside full weights"
-                other_way = ", or merge the adapter by writing MODEL+ADAPTER"
+                way = ", or merge the adapter by writing MODEL+ADAPTER"
             yield model_fault(
                 "warning",
                 f"model {self.label}: its folder holds {what}: {', '.join(unread)} will not be "
-                f"read, as mergekit does not merge {them}; move {them} out of the folder{other_way}",
+                f"read, as mergekit does not merge {them}; move {them} out of the folder{way}",
             )
 
     @contextmanager
@@ -174,7 +174,9 @@ class OpenModel:
         """Return the fingerprint of every stored floating-point tensor, by its name."""
         reader = StreamingReader(self.loader)
         tensors = ((name, reader.load(name)) for name in self.names)
-        prints = {name: fingerprint(tensor) for name, tensor in tensors if tensor.is_floating_point()}
+        prints = {
+            name: fingerprint(tensor) for name, tensor in tensors if tensor.is_floating_point()
+        }
         reader.close()
         return prints
 
@@ -214,10 +216,8 @@ def open_checkpoint(
         AdapterError: Its adapter cannot be merged into it.
     """
     merged = merge_adapter(reference, access.lora_merge_cache, access.trust_remote_code)
-    try:
+    with told_as(CheckpointError, f"model {reference}: cannot be read"):
         folder = Path(merged.local_path(cache_dir=access.transformers_cache))
-    except Exception as error:  # whatever the Hub raises
-        raise CheckpointError(f"model {reference}: cannot be read: {quoted(error)}") from error
     try:
         return merged, LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
     except Exception as error:  # safetensors, torch and json have kinds of their own

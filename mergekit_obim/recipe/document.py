@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.recipe.faults import Path, Place
 
 
@@ -59,10 +59,9 @@ def read_documents(path: FilePath) -> list[Document]:
     Raises:
         RecipeError: The file is not YAML, or a document in it is not a mapping.
     """
-    try:
+    kinds = yaml.YAMLError, UnicodeDecodeError
+    with told_as(RecipeError, f"{path}: not a YAML recipe", kinds):
         documents = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
     if not documents or not all(isinstance(one.content, Mapping) for one in documents):
         raise RecipeError(
             f"{path}: not a recipe: it should be a mapping with merge_method and models"

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 from mergekit import merge_methods
 from mergekit.card import generate_card, is_hf, maybe_link_hf, method_md
@@ -15,7 +14,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.report.gather import Account, calibration_of, gather, planned_experts
 from mergekit_obim.saliency.file import write_text
@@ -46,13 +45,11 @@ def write_section(
     """
     section, calibration = _section(folder, config, options, shares)
     path = folder / "README.md"
-    try:
+    with told_as(RecipeError, f"{path}: cannot be read"):
         if path.exists():
             card = ModelCard.load(path)
         else:
             card = ModelCard(generate_card(config, source.rstrip(), name=folder.resolve().name))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
     before, begin, rest = card.text.partition(BEGIN)
     if begin and END not in rest:
         raise RecipeError(f"{path}: has {BEGIN} without {END}; remove that section by hand")
