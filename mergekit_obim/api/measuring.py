@@ -145,16 +145,10 @@ def measure(
                 refuse("a model that is yet to be loaded", {"tokenizer": tokenizer})
                 run = run_options(device, options, quiet=quiet)
                 found = _measure_stored(model, base, settings, folder, run)
-    sources = [
-        {**source, "data": "data"} if source.get("data") == str(rows) else source
-        for source in found.metadata.calibration["sources"]
-    ]
-    metadata = found.metadata.model_copy(
-        update={
-            "calibration": {**found.metadata.calibration, "sources": sources},
-            "model": name or found.metadata.model,
-        }
-    )
+    for source in found.metadata.calibration["sources"]:
+        if source.get("data") == str(rows):
+            source["data"] = "data"
+    metadata = found.metadata.model_copy(update={"model": name} if name else {})
     return replace(found, metadata=metadata)
 
 

@@ -156,7 +156,7 @@ def scale_densities(text: str, total: float) -> tuple[str, list[Change]]:
     if not _is_whole(shared) and not all(_is_whole(_density(part)) for part in inputs):
         default = _floor(1 / len({part.model for part in inputs}) / total)
         if isinstance(shared, list):
-            text = edit.appended(text, _DENSITY, {"value": default})
+            text = edit.added(text, (*_DENSITY, len(shared)), {"value": default})
         elif shared is None:
             text = _set(text, _DENSITY, default)
         else:
