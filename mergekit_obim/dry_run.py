@@ -7,7 +7,7 @@ The result is every output tensor with its inputs and parameters, for reports, m
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -106,7 +106,7 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
             shortened to one line.
     """
     with _in_our_words():
-        return _tasks(_planner(config, options, mergekit.architecture.get_architecture_info))
+        return _tasks(_planner(config, options, inspected=False))
 
 
 def plan_and_collect(
@@ -120,9 +120,7 @@ def plan_and_collect(
     found = PlanReport()
     try:
         with _in_our_words():
-            # Wrapped by `methods.mergekit_hooks`, it inspects the models: `--check` has done so.
-            find = inspect.unwrap(mergekit.architecture.get_architecture_info)
-            planner = _planner(config, options, find)
+            planner = _planner(config, options, inspected=True)
 
             def plan_module(name: str, definition: Any) -> None:
                 plan_module_checked(planner, name, found)
@@ -135,13 +133,13 @@ def plan_and_collect(
         return [], found
 
 
-def _planner(
-    config: MergeConfiguration, options: MergeOptions, find_architecture: Callable[..., Any]
-) -> MergePlanner:
+def _planner(config: MergeConfiguration, options: MergeOptions, *, inspected: bool) -> MergePlanner:
     trust_by_content()
     LoaderCache().setup(options=options)
     no_card = options.model_copy(update={"write_model_card": False})
-    info = find_architecture(config, no_card)
+    find = mergekit.architecture.get_architecture_info
+    # Wrapped by `methods.mergekit_hooks`, it inspects the models; `--check` has done so already.
+    info = (inspect.unwrap(find) if inspected else find)(config, no_card)
     # Of the merged model's configuration only the architecture matters here, not the layers.
     like = config.base_model or config.referenced_models()[0]
     out = like.config(trust_remote_code=options.trust_remote_code)

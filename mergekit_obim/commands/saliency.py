@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +18,8 @@ from mergekit_obim.commands.options import (
     FILE,
     NEW_FILE,
     GroupedHelp,
+    batch_size,
+    device_memory,
     shared_options,
     start_logging,
 )
@@ -35,25 +36,6 @@ if TYPE_CHECKING:
     from mergekit_obim.calibration.run import Measured
     from mergekit_obim.models.inspection import Opened
     from mergekit_obim.recipe.experts import Expert
-
-
-def _batch_size(value: str) -> int | str:
-    if value == "auto":
-        return value
-    if value.isdecimal() and int(value) > 0:
-        return int(value)
-    raise click.BadParameter(f"{value!r} is neither a positive number nor 'auto'")
-
-
-def _device_memory(value: str) -> tuple[int | str, int | str]:
-    """Read ``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
-    found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", value, re.IGNORECASE)
-    if found is None:
-        raise click.BadParameter(
-            f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB"
-        )
-    device, size = (int(part) if part.isdecimal() else part for part in found.groups())
-    return device, size
 
 
 class TwoUsages(GroupedHelp):
@@ -85,7 +67,7 @@ class TwoUsages(GroupedHelp):
 )
 @click.option(
     "--batch-size",
-    type=_batch_size,
+    type=batch_size,
     metavar="INTEGER|AUTO",
     help="Sequences per forward pass; changes the speed only  [default: auto]",
 )
@@ -146,7 +128,7 @@ class TwoUsages(GroupedHelp):
 )
 @click.option(
     "--max-memory",
-    type=_device_memory,
+    type=device_memory,
     metavar="DEVICE=SIZE",
     multiple=True,
     help="With --device-map; repeatable",

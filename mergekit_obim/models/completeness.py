@@ -67,13 +67,24 @@ _TRACED: dict[tuple[str, tuple[str, ...]], Traced] = {}
 
 
 def _traced(model: OpenModel, access: Access) -> Traced | None:
-    """Build a model without weights and trace its stored tensors; None if it cannot be built."""
+    """Build a model on the meta device, and trace its stored tensors; None if it cannot be built.
+
+    Its parameters are tied as its configuration says.
+    """
     key = (model.config.to_json_string(), tuple(model.names))
     if key not in _TRACED:
-        built = build_without_weights(model.config, access)
+        _TRACED.clear()
+        built: PreTrainedModel | None = None
+        # Model code can raise anything. The caller then compares with mergekit's definition alone.
+        with suppress(Exception), torch.device("meta"), no_init_weights():
+            kind = get_auto_cls((model.config.architectures or [""])[0])
+            made: PreTrainedModel = kind.from_config(
+                copy.deepcopy(model.config), trust_remote_code=access.trust_remote_code
+            )
+            made.tie_weights()
+            built = made
         if built is None:
             return None
-        _TRACED.clear()
         _TRACED[key] = built, sources_of(built, model.names)
     return _TRACED[key]
 
@@ -141,22 +152,6 @@ def _missing_in_plan(model: OpenModel, traced: Traced | None) -> str:
         f"for {first_few(missing)}, which such models do not have; mergekit-pytorch merges them "
         "file by file"
     )
-
-
-def build_without_weights(config: PretrainedConfig, access: Access) -> PreTrainedModel | None:
-    """Build a model on the meta device, its parameters tied as its configuration says.
-
-    Returns:
-        The model, or None where transformers cannot build it here.
-    """
-    # Model code can raise anything. The caller then compares with mergekit's definition alone.
-    with suppress(Exception), torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = get_auto_cls((config.architectures or [""])[0]).from_config(
-            copy.deepcopy(config), trust_remote_code=access.trust_remote_code
-        )
-        model.tie_weights()
-        return model
-    return None
 
 
 def planned_tensors(config: PretrainedConfig) -> list[WeightInfo]:

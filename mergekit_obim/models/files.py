@@ -54,9 +54,8 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
     headers: dict[str, TensorHeader] = {}
     faults = []
     for shard in index.shards:
-        path = Path(index.base_path, shard.filename)
         try:
-            held = file_headers(path, shard.filename)
+            held = file_headers(Path(index.base_path, shard.filename), shard.filename)
         except UnreadableFileError as error:
             faults.append(str(error))
             continue

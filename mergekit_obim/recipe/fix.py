@@ -29,7 +29,7 @@ def path_warnings(document: Document) -> Iterator[Fault]:
     """Warn of folders that mergekit's card writer would take for repositories on the Hub."""
     found: dict[str, list[Place]] = {}
     for path, reference in _references(document):
-        for name in _paths(reference):
+        for name in (part.partition("@")[0] for part in reference.split("+")):
             if name not in document.stages and _is_taken_for_the_hubs(name):
                 found.setdefault(name, []).append(document.place(*path))
     for name, (place, *others) in found.items():
@@ -227,11 +227,6 @@ def _texts(reference: Any, path: Path) -> Iterator[tuple[Path, str]]:
 
 def _is_taken_for_the_hubs(name: str) -> bool:
     return bool(_LIKE_ON_THE_HUB.fullmatch(name)) and os.path.exists(name)
-
-
-def _paths(reference: str) -> list[str]:
-    """The paths of a model and its adapter, without their revisions."""
-    return [part.partition("@")[0] for part in reference.split("+")]
 
 
 def _dotted(reference: str) -> str:

@@ -104,9 +104,11 @@ def _read_json_lines(path: str, source: DataSource) -> Rows:
         for number, line in enumerate(file, 1):
             if not line.strip(b" \t\r\n\xef\xbb\xbf"):
                 continue
-            what = f"{source.data}, line {number}: is not valid JSON"
-            with told_as(CalibrationError, what, ValueError):
+            try:
                 _as_row(json.loads(line), source, f"line {number}")
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                what = f"{source.data}, line {number}: is not valid JSON"
+                raise CalibrationError(f"{what}: {error}") from error
             lines.append(line)
             numbers.append(number)
     # Kept as bytes, a big file takes a fraction of the memory of its rows.
