@@ -171,7 +171,8 @@ class RecipeCheck:
         """Prepare the experts as the pre-pass does; ``base`` is the recipe's, as it is written."""
         with TemporaryDirectory() as nowhere:
             for expert in experts:
-                elsewhere = [s.data for s in expert.calibration.sources if not is_here(s.data)]
+                sources = expert.calibration.sources
+                elsewhere = [s.data for s in sources if not (s.is_self or is_here(s.data))]
                 if elsewhere:
                     self.verdict.warnings.append(
                         f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
@@ -186,7 +187,12 @@ class RecipeCheck:
                 except ObimError as error:
                     self.verdict.errors.append(error.message)
                     continue
-                self.verdict.warnings += [f"model {expert.model}: {w}" for w in ready.data.warnings]
+                warnings = list(ready.data.warnings)
+                if ready.unwritten:
+                    rows = sum(source.samples for source in sources if source.is_self)
+                    first = f"have it write {rows:,} rows of its own first"
+                    warnings.append(f"data: self: the pre-pass will {first}")
+                self.verdict.warnings += [f"model {expert.model}: {line}" for line in warnings]
 
     def estimate(self, experts: Collection[Expert]) -> None:
         """Estimate what both commands will take; ``experts`` are those to be measured."""

@@ -25,7 +25,12 @@ Chat: TypeAlias = "PreTrainedTokenizerBase | ProcessorMixin"
 
 
 def write_chat(
-    chat: Chat, messages: Messages, date: datetime.date, tools: list[Any] | None = None
+    chat: Chat,
+    messages: Messages,
+    date: datetime.date,
+    tools: list[Any] | None = None,
+    *,
+    reply: bool = False,
 ) -> tuple[str, str, bool]:
     """Writes a conversation with a model's chat template, in the form that the template takes.
 
@@ -36,6 +41,7 @@ def write_chat(
         date: The date that the template is told if it asks for today's. With the real one, the
             same recipe would be another measurement tomorrow.
         tools: Descriptions of the tools that the conversation may call.
+        reply: Whether the text goes on to where the model's answer begins.
 
     Returns:
         The text, with special tokens; the template that wrote it; whether it asked for the date.
@@ -56,7 +62,13 @@ def write_chat(
 
         def apply(taken: Messages) -> str:
             return str(
-                chat.apply_chat_template(taken, tools=tools, chat_template=template, tokenize=False)
+                chat.apply_chat_template(
+                    taken,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=reply,
+                )
             )
 
         with _stopped_clock(template, date) as asked:
