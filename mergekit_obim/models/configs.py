@@ -183,18 +183,14 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 walk(f"{path}.{key}" if path else str(key), inner)
-        elif value is not None and value is not False and not _says_nothing(path, value):
+        elif (path.endswith("rotary_factor") and value == 1) or path.endswith(".type"):
+            return  # all of a head's features are rotated; rope_type says it under its new name
+        elif value is not None and value is not False:
             value = list(value) if isinstance(value, tuple) else value
             found[path] = _SAME_FUNCTION.get(value, value) if isinstance(value, str) else value
 
     walk("", config.to_dict())
     return found
-
-
-def _says_nothing(path: str, value: Any) -> bool:
-    """Return whether a setting means the same as a missing key."""
-    # All of a head's features are rotated; rope_type says it too, under its new name.
-    return (path.endswith("rotary_factor") and value == 1) or path.endswith(".type")
 
 
 def _is_fatal(path: str) -> bool | None:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit_obim.calibration.data.conversations import short
@@ -14,35 +15,31 @@ from mergekit_obim.errors import CalibrationError, one_line, told_as
 from mergekit_obim.recipe.calibration import FILE_SUFFIXES, DataSource, is_local_file
 
 
+@dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """The rows of one source; each is decoded only when it is asked for.
+    """The rows of one source.
 
     Attributes:
+        items: The rows as they are kept in memory.
+        decode: Makes a row of an item; called each time that the row is asked for.
+        lines: The line of each row, from 1, in a text file.
         split: The split that was taken, for a data set.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Any],
-        *,
-        decode: Callable[[Any], Row] = lambda item: item,
-        lines: Sequence[int] | None = None,
-        split: str | None = None,
-    ) -> None:
-        self._items = items
-        self._decode = decode
-        self._lines = lines
-        self.split = split
+    items: Sequence[Any]
+    decode: Callable[[Any], Row] = lambda item: item
+    lines: Sequence[int] = ()
+    split: str | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._decode(self._items[index])
+        return self.decode(self.items[index])
 
     def where(self, index: int) -> str:
         """Returns how a user finds a row: ``line 7`` of a text file, else ``row 7``, from 1."""
-        return f"line {self._lines[index]}" if self._lines else f"row {index + 1}"
+        return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
 
 
 def load_rows(source: DataSource) -> Rows:

@@ -58,7 +58,8 @@ def write_chat(
         )
     with told_as(CalibrationError, "the chat template doesn't take these messages"):
         template = _template(chat, tools)
-        calls = _with_calls(messages, "tool_calls" in template)
+        known = "tool_calls" in template
+        calls = [_call(m, known) if m["role"] == CALL else m for m in messages]
 
         def apply(taken: Messages) -> str:
             return str(
@@ -265,12 +266,8 @@ def _as_parts(content: Any, images: bool = True) -> Any:
     return [part for part in content if images or part["type"] == "text"]
 
 
-def _with_calls(messages: Messages, known: bool) -> Messages:
-    """Returns the messages with ShareGPT's calls as calls, or as text if the template has none."""
-    return [_call(message, known) if message["role"] == CALL else message for message in messages]
-
-
 def _call(message: dict[str, Any], known: bool) -> dict[str, Any]:
+    """Returns ShareGPT's call as a call, or as text if the template does not know calls."""
     text = _as_text(message["content"])
     try:
         found = json.loads(text) if isinstance(text, str) else None
