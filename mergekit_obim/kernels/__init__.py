@@ -11,6 +11,7 @@
 ``regmean``      the mean that minimises it: RegMean with diagonal Gram matrices
 ``gram``, ``nystrom``, ``regmean_gram``  the same with more of the Gram matrices: sketches, or all
 ``tally``        what an assignment keeps of each expert, counted
+``lengths``      how much shorter than task vectors their mean is
 ``kinship``      how alike task vectors are
 ``baselines``    other authors' methods
 ``blocks``       walking over tensors in cache-sized parts
