@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -269,6 +271,20 @@ def test_without_shrink_or_sketches_it_is_regmean_diag(measured: Measured, tmp_p
         shared = {"saliency": str(measured.folders[name]), **shared}
         out = tmp_path / f"{name} {len(shared)}"
         commands.same_tensors(merge(recipe(measured.family, shared), out), diag)
+
+
+def test_stretch_auto_is_one_factor_for_the_whole_model(measured: Measured, tmp_path: Path) -> None:
+    family = measured.family
+    deltas = [
+        torch.cat([(t[n] - family.base_tensors[n]).flatten().double() for n in t])
+        for t in family.expert_tensors
+    ]
+    cosine = torch.nn.functional.cosine_similarity
+    pairs = [cosine(a, b, dim=0) for a, b in itertools.combinations(deltas, 2)]
+    factor = math.sqrt(3 / (1 + 2 * float(sum(pairs) / 3)))
+    shared = {"saliency": str(measured.folders["sketch"]), "stretch": "auto"}
+    merged = merge(recipe(family, shared), tmp_path / "out")
+    assert_close(merged, expected_merge(measured, Settings(scale=factor), torch.float32), 0.01)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
