@@ -92,6 +92,16 @@ SCALES = {
         windows=256,
         questions=500,
     ),
+    "tiny": Scale(  # 1.1M parameters, minutes on one core: the demo's models
+        size=Size(),
+        train_chars=300_000,
+        base=Training(steps=400, learning_rate=2e-3, final_rate=1.0),
+        expert=Training(steps=120, learning_rate=1e-4, seed=1),
+        continued=Training(steps=100, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,
+        windows=48,
+        questions=50,
+    ),
     "smoke": Scale(
         size=Size(hidden=32, layers=2, heads=2, intermediate=64),
         train_chars=10_000,

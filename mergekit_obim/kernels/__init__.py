@@ -9,6 +9,7 @@
 ``objective``    equation 6 at the merged weights, for all experts together
 ``least_error``  mutually exclusive masks that minimise it
 ``regmean``      the mean that minimises it: RegMean with diagonal Gram matrices
+``output_error`` what a layer's output loses, correlated inputs included
 ``tally``        what an assignment keeps of each expert, counted
 ``kinship``      how alike task vectors are
 ``baselines``    other authors' methods
