@@ -320,6 +320,8 @@ class Lab:
         }  # fmt: skip
         if merge.needs_saliency() and "saliency" not in merge.shared:
             for model, expert in zip(models, merge.experts, strict=True):
+                if "saliency" in model["parameters"]:
+                    continue
                 files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)
                 if not any(files.glob("*.safetensors")):  # an interrupted pre-pass leaves none
@@ -336,11 +338,13 @@ class Lab:
         way = (self.model_key(expert), expert, calibration, self.scale.samples)
         return self.folder / "saliency" / digest(*way)
 
-    def saliency(self, task: str) -> Path:
-        """The saliency file of a task's expert, by the pre-pass."""
-        folder = self._saliency_folder(task, self.data(task))
+    def saliency(self, task: str, **more: Any) -> Path:
+        """The saliency file of a task's expert, by the pre-pass; with more calibration keys."""
+        calibration: Any = {"data": self.data(task), **more} if more else self.data(task)
+        folder = self._saliency_folder(task, calibration)
         if not any(folder.glob("*.safetensors")):
-            self.score(Merge("regmean_diag", experts=(task,)))
+            own = {task: calibration} if more else {}
+            self.score(Merge("regmean_diag", experts=(task,), calibration=own))
         return next(folder.glob("*.safetensors"))
 
     def _save(self) -> None:

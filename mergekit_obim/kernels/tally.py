@@ -210,6 +210,4 @@ def outcomes(
         change = taken[owner, here]
         error = (h * (change - delta) ** 2).sum(1)
         merged = np.append(delta @ change, change @ change)
-        yield Tally(
-            mask.sum(1), s @ mask.T, error, np.zeros(base), sums, products, merged
-        )
+        yield Tally(mask.sum(1), s @ mask.T, error, np.zeros(base), sums, products, merged)

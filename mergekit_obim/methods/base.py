@@ -125,9 +125,7 @@ class ExpertMethod(HookedMethod):
         """Return what an observer is told of a tensor: by default the merged tensor."""
         return self._merge(group, **parameters)
 
-    def criteria(
-        self, group: TensorGroup, parameters: Mapping[str, Any]
-    ) -> list[Criterion | None]:
+    def criteria(self, group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
         """Return what each expert's elements count by; None for one that takes no part."""
         return comparable(criteria_of(group, parameters))
 

@@ -192,8 +192,9 @@ def known_inputs(
         shape: The weight's.
 
     Returns:
-        The axis of the weight's input features, what is known of each layer's inputs, and whether
-        that is a ``sketch`` of the Gram matrix or the ``gram`` matrix itself; None if it is h alone.
+        The axis of the weight's input features, what is known of each layer's inputs, and
+        whether that is a ``sketch`` of the Gram matrix or the ``gram`` matrix itself; None if it
+        is h alone.
     """
     file = saliency_of(model, parameters["saliency"][model])
     name, gram = parameters["tensor_name"][model], file.metadata.gram

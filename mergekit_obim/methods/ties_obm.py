@@ -25,9 +25,7 @@ from mergekit_obim.methods.parameters import (
 class TiesObm(ExpertMethod):
     """Merges as TIES does, with its trimming ranked by saliency."""
 
-    def criteria(
-        self, group: TensorGroup, parameters: Mapping[str, Any]
-    ) -> list[Criterion | None]:
+    def criteria(self, group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
         """Return what ranks each expert's elements: only with each other, so one by one."""
         return criteria_of(group, parameters)
 

@@ -61,6 +61,7 @@ class TensorTally:
             the layer's inputs, a ``sketch`` of it, its ``diagonal`` h, or, for an ``unscored``
             weight, h = 1; None if it took no part.
         reasons: For each expert that was not ranked by saliency, why; None for the others.
+        treatments: What became of it instead.
         tally: Counts and sums over the positions, 0 for an expert that took no part.
         contested: How many positions that two or more experts wanted each expert got, and last
             the base, [K + 1]. An estimate if the tensor has more than 2,048 positions. None if
@@ -75,6 +76,7 @@ class TensorTally:
     ranked: list[str | None]
     error_from: list[str | None]
     reasons: list[str | None]
+    treatments: list[str | None]
     tally: Tally
     contested: list[float] | None
 
@@ -173,7 +175,7 @@ def gather(
             sampled = [_sampled(candidate, shape) for candidate in assignment.candidates]
         made = _made(method, group, parameters, outcome)
         account.tensors.append(
-            _tensor_tally(group, parameters, made, assignment, sampled, experts)
+            _tensor_tally(method, group, parameters, made, assignment, sampled, experts)
         )
         if weights is not None and not _agrees(group, made, weights):
             account.differing.append(group.metadata.name or "")
@@ -256,6 +258,7 @@ def planned_experts(planned: Sequence[tuple[Any, Any]]) -> list[ModelReference]:
 
 
 def _tensor_tally(
+    method: ExpertMethod,
     group: TensorGroup,
     parameters: Mapping[str, Any],
     made: _Made,
@@ -307,6 +310,7 @@ def _tensor_tally(
         ranked,
         error_from,
         [_reason(e, parameters, kind) for e, kind in zip(experts, ranked, strict=True)],
+        [None if k == "saliency" else method.fallback(k or "base", parameters) for k in ranked],
         total,
         contested,
     )

@@ -91,6 +91,7 @@ def summarize(account: Account) -> dict[str, Any]:
                 "expert": expert,
                 "tensor": tensor.name,
                 "ranked": tensor.ranked[k],
+                "treatment": tensor.treatments[k],
                 "reason": tensor.reasons[k],
             }
             for k, expert in enumerate(account.experts)
