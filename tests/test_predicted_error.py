@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from click.testing import CliRunner
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import checkpoints
 import commands
 import reference
+from benchmarks import predicted_error
+from benchmarks.predicted_error import true_errors
 from checkpoints import Tensors
 from commands import CODE_ROWS, MATH_ROWS, World, refusal, says, succeed
 from mergekit_obim.kernels import blocks
@@ -249,29 +251,6 @@ def test_conv1d_has_its_inputs_down(tmp_path: Path) -> None:
 # --- the truth -------------------------------------------------------------------------------
 
 
-def true_errors(
-    folder: Path, rows: Sequence[str], merged: Tensors, length: int
-) -> dict[str, float]:
-    """‖(θ_M − θ_k) X_k‖² / T of each linear layer, over the rows, in the expert's own model."""
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-    sums: dict[str, float] = {}
-    tokens = 0
-
-    def hook(module: nn.Linear, args: tuple[Tensor, ...], output: Tensor, name: str) -> None:
-        d = merged[name].double() - module.weight
-        sums[name] = sums.get(name, 0.0) + float((args[0] @ d.T).square().sum())
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            module.register_forward_hook(lambda m, i, o, name=f"{name}.weight": hook(m, i, o, name))
-    with torch.no_grad():
-        for row in rows:
-            ids = byte_ids(row)[:length]
-            tokens += len(ids)
-            model(input_ids=torch.tensor([ids]))
-    return {name: total / tokens for name, total in sums.items()}
-
-
 @pytest.fixture(scope="module")
 def sketched(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sketched")
@@ -303,9 +282,9 @@ def test_a_sketch_predicts_what_layers_really_lose(
     for k, (expert, rows) in enumerate(zip(world.experts, (MATH_ROWS, CODE_ROWS), strict=True)):
         own = checkpoints.read_checkpoint(expert)
         h = load_file(world.saliency_of(expert))
-        truth = true_errors(expert, rows, merged, length=48)
+        truth = true_errors(expert, [byte_ids(row)[:48] for row in rows], [merged])
         assert len(truth) == 7 * commands.LAYERS + 1
-        for name, true in truth.items():
+        for name, (true,) in truth.items():
             assert tensors[name]["error_from"][k] == "sketch"
             d = merged[name].double() - own[name].double()
             diagonal = float((h[name].double() * d.square()).sum())
@@ -313,6 +292,18 @@ def test_a_sketch_predicts_what_layers_really_lose(
             off["sketch"].append(abs(tensors[name]["error"][k] / true - 1))
     mean = {kind: sum(values) / len(values) for kind, values in off.items()}
     assert mean["sketch"] < mean["diagonal"] / 5
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs(tmp_path: Path) -> None:
+    options = ["--scale", "smoke", "--columns", "4", "--cache", str(tmp_path)]
+    result = CliRunner().invoke(predicted_error.main, options, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout.splitlines()[-1])["found"]
+    assert list(found) == [*list(predicted_error.METHODS)[:-1], "regmean by 4 columns"]
+    for ways in found.values():
+        assert list(ways) == ["truth", "diagonal", "4 columns"]
+        assert ways["4 columns"]["mean"] < ways["diagonal"]["mean"]
 
 
 # --- methods without owners ------------------------------------------------------------------
