@@ -8,6 +8,7 @@ over the base on its own task, the share that the merge kept,
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -80,6 +81,17 @@ SCALES = {
         windows=48,
         questions=200,
     ),
+    # Small enough to be trained until it hardly improves: gentle experts then change little.
+    "settled": Scale(  # 0.5M parameters
+        size=Size(hidden=96, layers=4, heads=4, intermediate=256),
+        train_chars=600_000,
+        base=Training(steps=2000, learning_rate=3e-3, final_rate=0.02),
+        expert=Training(steps=200, learning_rate=1e-4, seed=1),
+        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,
+        windows=48,
+        questions=200,
+    ),
     "large": Scale(  # 57M parameters, for a GPU
         size=Size(hidden=768, layers=8, heads=12, intermediate=2048),
         train_chars=2_000_000,
@@ -138,14 +150,15 @@ class Merge:
 
     def needs_saliency(self) -> bool:
         """Whether the method reads saliency files under these settings."""
-        return self.method in SALIENCY_METHODS and "criterion" not in self.shared
+        unread = "criterion" in self.shared or self.shared.get("statistics") == "none"
+        return self.method in SALIENCY_METHODS and not unread
 
     def settings(self) -> dict[str, Any]:
         """All parameters, for a table."""
         return {**self.shared, **self.each, **self.by_expert}
 
 
-SALIENCY_METHODS = ("obim", "ties_obm", "regmean_diag", "obm_sign")
+SALIENCY_METHODS = ("obim", "ties_obm", "regmean_diag", "regmean", "obm_sign")
 Scores = dict[str, dict[str, float]]  # "loss" and "accuracy" -> task -> value
 
 
@@ -351,6 +364,16 @@ class Lab:
         part = self.scores_path.with_suffix(".part")
         part.write_text(json.dumps(self.known))
         part.replace(self.scores_path)
+
+
+def random_text(lab: Lab) -> str:
+    """Write rows of random printable characters: every one is a token of its own."""
+    path = lab.folder / "data/random.jsonl"
+    generator = random.Random(lab.seed)
+    printable = [chr(code) for code in range(32, 127)]
+    rows = ("".join(generator.choices(printable, k=400)) for _ in range(200))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(path)
 
 
 def _share(checkpoint: str) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -24,6 +24,7 @@ from mergekit_obim.kernels.scores import (
     random_key,
 )
 from mergekit_obim.methods.mergekit_hooks import HookedMethod
+from mergekit_obim.methods.parameters import AUTO
 from mergekit_obim.methods.planning import UNWARNED, PlannedInput, is_planned
 from mergekit_obim.methods.saliency import stored_scores
 from mergekit_obim.recipe import Fault
@@ -128,6 +129,29 @@ class ExpertMethod(HookedMethod):
     def criteria(self, group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
         """Return what each expert's elements count by; None for one that takes no part."""
         return comparable(criteria_of(group, parameters))
+
+    def stretch_of(
+        self, group: TensorGroup, parameters: Mapping[str, Any], experts: Collection[torch.Tensor]
+    ) -> float:
+        """Return the factor on the mean of the experts that take part in a tensor.
+
+        Args:
+            group: The base's and all experts' tensors.
+            parameters: The recipe's, and what planning found out.
+            experts: The tensors of the group's experts that take part.
+        """
+        asked = self.asked_stretch(parameters)
+        if asked != AUTO:
+            return float(asked)
+        # mergekit-pytorch has no call after it planned the last tensor: this measures at the first.
+        parameters["cosines"].announce()
+        weights = {
+            entry.id: parameters["weight"][entry.id]
+            for entry in group.non_base
+            if any(entry.tensor is expert for expert in experts)
+        }
+        factor: float = parameters["cosines"].stretch(weights)
+        return factor
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         """Merge one tensor by the method's formula; the inputs have no gradients."""

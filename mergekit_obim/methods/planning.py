@@ -25,11 +25,12 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_obim.errors import ObimError, RecipeError
-from mergekit_obim.methods.parameters import PLANNED
+from mergekit_obim.methods.parameters import AUTO, PLANNED
 from mergekit_obim.methods.saliency import check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
 from mergekit_obim.models.linear_layers import input_axes, input_axis_of
+from mergekit_obim.models.task_vectors import Cosines, Place
 from mergekit_obim.recipe import Fault, Method
 from mergekit_obim.recipe.faults import Kind, errors_of, fault_of, raise_errors, warnings_of
 from mergekit_obim.saliency.file import SaliencyFile
@@ -99,6 +100,11 @@ class PlannedMethod(GroupMergeMethod):
             parameters: The shared parameters for this tensor.
         """
         return iter(())
+
+    def asked_stretch(self, parameters: Mapping[str, Any]) -> float | str:
+        """Return the factor on the experts' mean that the parameters ask for, or ``auto``."""
+        asked: float | str = parameters.get("stretch", 1.0)
+        return asked
 
     def copies(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether a recipe with these parameters copies elements, scaled by the weight."""
@@ -191,11 +197,14 @@ class PlanReport:
         recipe: Faults of the recipe as it is written.
         tensors: Faults of models, saliency files and the parameters of single tensors.
         fallbacks: The tensors without saliency.
+        cosines: By base and experts, what will measure their cosines: for the experts of a recipe
+            one, with slices of other models one for each set of experts.
     """
 
     recipe: list[Fault] = field(default_factory=list)
     tensors: list[Fault] = field(default_factory=list)
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
+    cosines: dict[Hashable, Cosines] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[Fault]:
@@ -207,12 +216,14 @@ class PlanReport:
         self.tensors.append(fault_of(error, kind, tensor))
 
     def conclude(self) -> None:
-        """Raise all errors as one; without any, log the warnings.
+        """Raise all errors as one; without any, measure what is to be, and log the warnings.
 
         Raises:
             ObimError: There are errors; the message lists them all.
         """
         raise_errors([*self.recipe, *self.tensors])
+        for cosines in self.cosines.values():
+            cosines.announce()
         for fault in warnings_of(self.recipe):
             LOG.warning(str(fault))
         self.fallbacks.warn()
@@ -261,6 +272,35 @@ def plan_tensor(
     return chosen
 
 
+def plan_stretch(
+    method: PlannedMethod,
+    output: str,
+    places: Mapping[Hashable, Place | None],
+    inputs: Sequence[PlannedInput],
+    parameters: Mapping[str, Any],
+    found: PlanReport,
+) -> dict[str, Cosines]:
+    """Return the planned parameter that ``stretch: auto`` needs, for methods that have it.
+
+    Args:
+        method: The method.
+        output: The merged tensor's name.
+        places: Where the base, which comes first, and then each expert has the tensor; None if
+            it has none, or if rows of it will be moved first.
+        inputs: The experts.
+        parameters: The shared parameters for this tensor.
+        found: The report, which holds what is shared by all tensors.
+    """
+    if "cosines" not in parameters:
+        return {}
+    base, *experts = places
+    cosines = found.cosines.setdefault((base, frozenset(experts)), Cosines(base, experts))
+    cosines.add(output, places)
+    if method.asked_stretch(parameters) == AUTO:
+        cosines.expect({i.model: i.parameters["weight"] for i in inputs})
+    return {"cosines": cosines}
+
+
 def plan_input_axis(
     parameters: Mapping[str, Any],
     name: str,
@@ -297,7 +337,7 @@ def plan_in_memory(
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
     found = PlanReport()
     planned = []
-    for group, values in zip(groups, parameters, strict=True):
+    for number, (group, values) in enumerate(zip(groups, parameters, strict=True)):
         name = group.metadata.name
         inputs = [
             PlannedInput(
@@ -312,9 +352,13 @@ def plan_in_memory(
         ]
         chosen = plan_tensor(method, name, inputs, values, found)
         layer = values["layer"]
+        base = group.base
+        assert base is not None  # `validate_inputs` saw to it
+        places = {entry.id: entry.tensor for entry in (base, *group.non_base)}
         planned.append(
             {
                 **values,
+                **plan_stretch(method, name or str(number), places, inputs, values, found),
                 "tensor_name": PerInputValues([(i.model, chosen[i.model]) for i in inputs]),
                 "criterion": PerInputValues([(i.model, i.parameters["criterion"]) for i in inputs]),
                 "layer": layers.get(name or "", 0) if layer is None else layer,

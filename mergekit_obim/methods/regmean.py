@@ -18,6 +18,7 @@ from mergekit_obim.methods.parameters import (
     method_spec,
     saliency_parameters,
     shared,
+    stretch_parameters,
 )
 from mergekit_obim.methods.planning import Fallbacks, PlannedInput
 from mergekit_obim.methods.regmean_diag import RegMeanDiag
@@ -74,13 +75,16 @@ class RegMean(RegMeanDiag):
         if not taking:
             return base.clone()
         weights = [parameters["weight"][entry.id] for entry, _ in taking]
-        scale = parameters["lambda"] * parameters["stretch"]
+        stretch = self.stretch_of(group, parameters, [entry.tensor for entry, _ in taking])
+        scale = parameters["lambda"] * stretch
         shrink = _shrink(parameters)
         experts = [entry.tensor for entry, _ in taking]
         axis: int | None = None
         layers: list[Layers] | None = None
         if shrink and parameters["statistics"] == "none":
-            axis = parameters["input_axis"] if base.ndim == 2 else None
+            axis = parameters["input_axis"]
+            if axis == 0:  # not known by the base's class
+                axis = -1 if base.ndim == 2 else None
             layers = task_vector_layers(base, experts, axis) if axis else None
         elif shrink:
             axis, layers = _measured(base, taking, parameters)
@@ -126,7 +130,7 @@ REGMEAN = RegMean(
         *saliency_parameters(random=False),
         LAMBDA,
         shared("shrink", float | None, None, "How much inputs' correlations count; 0.95 or 0.5"),
-        shared("stretch", float, 1.0, "Times the experts' mean"),
+        *stretch_parameters(1.0, "Times the experts' mean"),
         shared(
             "statistics",
             str,

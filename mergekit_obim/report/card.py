@@ -8,7 +8,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 from mergekit import merge_methods
 from mergekit.card import generate_card, is_hf, maybe_link_hf, method_md
@@ -17,7 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.methods.regmean import SHRINK
 from mergekit_obim.report.gather import (
@@ -26,6 +25,7 @@ from mergekit_obim.report.gather import (
     gather,
     planned_experts,
     reported,
+    stretches_of,
 )
 from mergekit_obim.report.summary import summarize
 from mergekit_obim.saliency.file import write_text
@@ -57,13 +57,11 @@ def write_section(
     """
     section, calibration = _section(folder, config, options, shares)
     path = folder / "README.md"
-    try:
+    with told_as(RecipeError, f"{path}: cannot be read"):
         if path.exists():
             card = ModelCard.load(path)
         else:
             card = ModelCard(generate_card(config, source.rstrip(), name=folder.resolve().name))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
     before, begin, rest = card.text.partition(BEGIN)
     if begin and END not in rest:
         raise RecipeError(f"{path}: has {BEGIN} without {END}; remove that section by hand")
@@ -124,16 +122,17 @@ def _section(
                 "model, a saliency file or the recipe has changed; merge again, or write the card "
                 "with --no-shares"
             )
-        experts, calibration = account.experts, account.calibration
+        experts, calibration, stretch = account.experts, account.calibration, account.stretch
     else:
         planned = plan(config, options)
         experts = [str(expert) for expert in planned_experts(planned)]
-        calibration = calibration_of(planned)
+        calibration, stretch = calibration_of(planned), stretches_of(planned)
     lines = [
         "## How the experts were merged",
         "",
         f"Merged with {method_md(config.merge_method)}, by mergekit-obim {__version__}"
         + _settings(config),
+        *(f"Measured for this merge: {one}." for one in stretch),
         "",
         *_table(experts, calibration, account),
         *(_notes(account) if account else []),
@@ -204,7 +203,9 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
 
 def _notes(account: Account) -> list[str]:
     """Return a line for each other treatment of tensors, and how many they are."""
-    counts = Counter(how for tensor in account.tensors for how in {*tensor.treatments} if how)
+    counts = Counter(
+        how for tensor in account.tensors for how in dict.fromkeys(tensor.treatments) if how
+    )
     lines = []
     if not account.owners:
         lines = [

@@ -35,6 +35,7 @@ from mergekit_obim.methods.base import ExpertMethod, observing
 from mergekit_obim.methods.obim import Assignment
 from mergekit_obim.methods.saliency import known_inputs, saliency_of
 from mergekit_obim.models.layers import block_of, rotate
+from mergekit_obim.models.task_vectors import Cosines, MeasuredStretch
 from mergekit_obim.saliency.fingerprint import sample, sample_positions
 
 # The sums of densities at which other settings are tried, and the orders that are tried at each.
@@ -94,6 +95,7 @@ class Account:
         curve: For each order and sum of densities a tally over a sample of all tensors, scaled up
             to whole tensors; empty without densities.
         calibration: By expert, what its saliency file says of itself.
+        stretch: What was measured for ``stretch: auto``; empty where nothing needs it.
         differing: Names of tensors of the merged model, if one was given, that differ from what
             this recipe makes in the values that were compared.
     """
@@ -105,6 +107,7 @@ class Account:
     densities: list[float] = field(default_factory=list)
     curve: dict[tuple[str, float], Tally] = field(default_factory=dict)
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stretch: list[MeasuredStretch] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
 
     @property
@@ -164,7 +167,12 @@ def gather(
         )
     planned = plan(config, options)
     experts = planned_experts(planned)
-    account = Account(config, [str(e) for e in experts], calibration=calibration_of(planned))
+    account = Account(
+        config,
+        [str(e) for e in experts],
+        calibration=calibration_of(planned),
+        stretch=stretches_of(planned),
+    )
     weights = _merged_weights(merged) if merged else None
 
     def observe(group: TensorGroup, parameters: Mapping[str, Any], outcome: Any) -> None:
@@ -469,3 +477,12 @@ def calibration_of(planned: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, An
                     "mergekit_obim_version": metadata.mergekit_obim_version,
                 }
     return found
+
+
+def stretches_of(planned: Sequence[tuple[Any, Any]]) -> list[MeasuredStretch]:
+    """Return what was measured for ``stretch: auto``, of each set of experts with the same base."""
+    all_cosines: dict[Cosines, None] = {}
+    for _, task in planned:
+        if cosines := dict(task.parameters.items()).get("cosines"):
+            all_cosines[cosines] = None
+    return [outcome for cosines in all_cosines if (outcome := cosines.outcome())]

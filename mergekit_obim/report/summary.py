@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,7 @@ def summarize(account: Account) -> dict[str, Any]:
         ],
         "copied": account.copied,
         "calibration": account.calibration,
+        "stretch": [asdict(stretch) for stretch in account.stretch],
         "differing": account.differing,
         "tensors": [
             {
