@@ -1,17 +1,19 @@
-"""The trial of Optimal Brain Surgeon's ranking: its diagonal, and the whole run in seconds."""
+"""The trial of Optimal Brain Surgeon's ranking, and that of predicted errors, in seconds."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
 import reference
-from benchmarks import obs
+from benchmarks import obs, predicted_error
 from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.nystrom import nystrom_factor
 from mergekit_obim.kernels.regmean_gram import Gram
@@ -65,12 +67,32 @@ def test_only_weights_with_a_sketch_are_rewritten(tmp_path: Path) -> None:
         torch.testing.assert_close(values, expected.float(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.slow
-def test_the_trial_runs(tmp_path: Path) -> None:
-    options = ["--scale", "smoke", "--columns", "4", "--cache", str(tmp_path)]
-    result = CliRunner().invoke(obs.main, options, catch_exceptions=False)
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the first of the two trains the models for both."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(command: click.Command, cache: Path) -> dict[str, Any]:
+    options = ["--scale", "smoke", "--columns", "4", "--cache", str(cache)]
+    result = CliRunner().invoke(command, options, catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout.splitlines()[-1])["recovery"]
+    figures: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return figures
+
+
+@pytest.mark.slow
+def test_the_trial_runs(cache: Path) -> None:
+    figures = run(obs.main, cache)["recovery"]
     by_h, by_inverse = figures.values()
     assert by_h.keys() == by_inverse.keys() == obs.SETTINGS.keys()
     assert by_h != by_inverse
+
+
+@pytest.mark.slow
+def test_predictions_are_compared_with_the_truth(cache: Path) -> None:
+    found = run(predicted_error.main, cache)["found"]
+    assert list(found) == [*list(predicted_error.METHODS)[:-1], "regmean by 4 columns"]
+    for ways in found.values():
+        assert list(ways) == ["truth", "diagonal", "4 columns"]
+        assert ways["4 columns"]["mean"] < ways["diagonal"]["mean"]

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from click.testing import CliRunner
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -17,7 +16,6 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import checkpoints
 import commands
 import reference
-from benchmarks import predicted_error
 from benchmarks.predicted_error import true_errors
 from checkpoints import Tensors
 from commands import CODE_ROWS, MATH_ROWS, World, refusal, says, succeed
@@ -292,18 +290,6 @@ def test_a_sketch_predicts_what_layers_really_lose(
             off["sketch"].append(abs(tensors[name]["error"][k] / true - 1))
     mean = {kind: sum(values) / len(values) for kind, values in off.items()}
     assert mean["sketch"] < mean["diagonal"] / 5
-
-
-@pytest.mark.slow
-def test_the_benchmark_runs(tmp_path: Path) -> None:
-    options = ["--scale", "smoke", "--columns", "4", "--cache", str(tmp_path)]
-    result = CliRunner().invoke(predicted_error.main, options, catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    found = json.loads(result.stdout.splitlines()[-1])["found"]
-    assert list(found) == [*list(predicted_error.METHODS)[:-1], "regmean by 4 columns"]
-    for ways in found.values():
-        assert list(ways) == ["truth", "diagonal", "4 columns"]
-        assert ways["4 columns"]["mean"] < ways["diagonal"]["mean"]
 
 
 # --- methods without owners ------------------------------------------------------------------
