@@ -25,7 +25,7 @@ from pydantic import model_validator
 from mergekit_obim.errors import GenomeError, ObimError, SaliencyNotFoundError
 from mergekit_obim.methods.obim import Obim
 from mergekit_obim.methods.planning import PlannedInput, PlannedMethod, registry
-from mergekit_obim.recipe import Document, recipe_faults
+from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import nearest, raise_errors, warnings_of
 from mergekit_obim.saliency.locate import locate
 
@@ -169,17 +169,17 @@ class GenomeDefinition(ModelGenomeDefinition, frozen=True):
         }
         starts = {name: self.start(name) for name in chain(*self.evolved)}
 
-        def check(**more: float) -> None:
+        def faults(**more: float) -> list[Fault]:
             own = {**values, **starts, **more}
             inputs = [PlannedInput(model, (), None, own) for model in self.models]
-            raise_errors(method.check_tensor("of any name", inputs, own))
+            return list(method.check_tensor("of any name", inputs, own))
 
-        check()
-        if self.allow_negative_weights and "weight" in starts:
-            try:
-                check(weight=-1.0)
-            except ObimError as error:
-                raise GenomeError(f"allow_negative_weights: {error.message}") from error
+        raise_errors(faults())
+        if self.allow_negative_weights and "weight" in starts and faults(weight=-1.0):
+            raise GenomeError(
+                f"allow_negative_weights: {self.merge_method} takes none, as its weights say how "
+                "much each expert's error counts; leave it out"
+            )
 
 
 class EvolConfiguration(EvolMergeConfiguration, frozen=True):
