@@ -25,6 +25,7 @@ from pydantic import model_validator
 from mergekit_obim.errors import GenomeError, ObimError, SaliencyNotFoundError
 from mergekit_obim.methods.obim import Obim
 from mergekit_obim.methods.planning import PlannedInput, PlannedMethod, registry
+from mergekit_obim.methods.regmean import SHRINK
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import nearest, raise_errors, warnings_of
 from mergekit_obim.saliency.locate import locate
@@ -33,7 +34,13 @@ LOG = logging.getLogger("mergekit_obim")
 
 # What is evolved of a method's parameters, where the genome does not set it, and where the search
 # starts; None is the parameter's own default.
-_STARTS = {"weight": 1.0, "density": None, "lambda": 1.0, "shrink": 0.95, "stretch": 1.0}
+_STARTS = {
+    "weight": 1.0,
+    "density": None,
+    "lambda": 1.0,
+    "shrink": SHRINK["measured"],
+    "stretch": 1.0,
+}
 _SHARES = ("density", "shrink")  # from 0 to 1
 
 
