@@ -81,7 +81,7 @@ SCALES = {
         windows=48,
         questions=200,
     ),
-    # Small enough to be trained until it hardly improves: what gentle experts then change is little.
+    # Small enough to be trained until it hardly improves: gentle experts then change little.
     "settled": Scale(  # 0.5M parameters
         size=Size(hidden=96, layers=4, heads=4, intermediate=256),
         train_chars=600_000,
