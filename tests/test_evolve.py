@@ -31,7 +31,7 @@ import checkpoints
 import commands
 import mergekit_obim
 from checkpoints import Family, read_checkpoint
-from commands import says
+from commands import refusal, says
 from mergekit_obim.errors import GenomeError
 from mergekit_obim.methods import METHODS, genomes
 from mergekit_obim.methods.regmean import SHRINK
@@ -194,6 +194,14 @@ def test_the_log_has_the_genes_by_name(family: Family) -> None:
         "expert1_weight": [4, 10],
         "lambda": [5, 11],
     }
+
+
+def test_a_genotype_as_ray_hands_it_over(family: Family, recwarn: pytest.WarningsRecorder) -> None:
+    x = np.array([0.1, 0.5, 0.1, 1])
+    x.flags.writeable = False
+    config = genome_of(family).genotype_merge_config(x)
+    assert config.slices[0].sources[0].parameters == {"density": 0.1, "weight": 0.5}
+    assert not [str(w.message) for w in recwarn if "writable" in str(w.message)]
 
 
 def test_a_genotype_of_another_genome(family: Family) -> None:
@@ -395,6 +403,18 @@ def test_a_few_generations(
     assert [source["parameters"]["saliency"] for source in sources] == [
         str(world.saliency_of(expert)) for expert in world.experts
     ]
+
+
+@pytest.mark.slow
+def test_the_command_refuses_a_genome_in_one_line(
+    family: Family, evolve: ModuleType, tmp_path: Path
+) -> None:
+    mergekit_obim.register()
+    whole = {"genome": content(family, parameters={"saliancy": "s"}), "tasks": ["a_task"]}
+    path, storage = commands.write_recipe(tmp_path, whole), tmp_path / "storage"
+    message = refusal(commands._invoke(evolve.main, [path, "--storage-path", storage]))
+    says(message, "genome: parameters: obim has no parameter 'saliancy'; did you mean saliency?")
+    assert not storage.exists()
 
 
 def test_nothing_is_imported_where_nothing_evolves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -304,7 +304,9 @@ class Genome(ModelGenome):
         own, shared = self.definition.evolved
         experts = len(self.definition.models)
         expected = (*self._shape, experts * len(own) + len(shared))
-        genes = torch.as_tensor(genotype).double()
+        # A copy: the arrays that ray hands over cannot be written to, of which torch would warn.
+        genes = torch.tensor(genotype) if not isinstance(genotype, torch.Tensor) else genotype
+        genes = genes.double()
         if genes.numel() != torch.Size(expected).numel():
             raise InvalidGenotypeError(
                 f"a genotype of this genome has {torch.Size(expected).numel()} genes, "
