@@ -98,8 +98,9 @@ class GenomeDefinition(ModelGenomeDefinition, frozen=True):
                 if model == self.base_model:
                     raise GenomeError(f"model {model} is the base: leave it out of models")
             self._check_values(method)
-            if self.original_models == self.models:  # and not mergekit-evolve's copies
-                self.saliency_settings()
+            if self.original_models != self.models:  # mergekit-evolve's copies: all this was said
+                return self
+            self.saliency_settings()
         except ObimError as error:
             raise GenomeError(f"genome: {error.message}") from error
         for fault in warnings_of(faults):
@@ -347,7 +348,7 @@ class Genome(ModelGenome):
 def our_method(name: Any) -> PlannedMethod | None:
     """Return our merge method of this name; None if there is none."""
     ours = {m.spec.name: m for m in merge_methods.registered_methods()}
-    method = ours.get(name)
+    method = ours.get(str(name))
     return method if isinstance(method, PlannedMethod) else None
 
 
