@@ -78,6 +78,7 @@ def test_help_is_grouped_and_loads_nothing_heavy() -> None:
         "Output": "--dense --overwrite --quiet -v",
         "Check": "--check --fix --json",
         "Combine": "--combine -o",
+        "Imatrix": "--from-imatrix --to-imatrix",
         "Hardware": "--device --device-map --max-memory",
         "Storage": "--transformers-cache --lora-merge-cache",
         "Dangerous Options": "--trust-remote-code",

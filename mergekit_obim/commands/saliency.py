@@ -77,23 +77,26 @@ class DeviceMemory(ParamType):
         )
 
 
-class TwoUsages(GroupedHelp):
-    """Help for a command that either measures the experts of a recipe or combines their files."""
+class Usages(GroupedHelp):
+    """Help for a command that measures the experts of a recipe, or does without measuring."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "[OPTIONS] CONFIG OUT_DIR")
         formatter.write_usage(ctx.command_path, "--combine FILE FILE... -o NEW", "       ")
+        formatter.write_usage(ctx.command_path, "--from-imatrix FILE MODEL -o NEW", "       ")
+        formatter.write_usage(ctx.command_path, "--to-imatrix FILE -o NEW", "       ")
 
 
 @click.command(
     "obim-saliency",
-    cls=TwoUsages,
+    cls=Usages,
     groups={
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
         "Correlations": ("sketch", "full_gram"),
         "Output": ("dense", "overwrite"),
         "Check": ("check", "fixed", "as_json"),
         "Combine": ("combine", "output"),
+        "Imatrix": ("from_imatrix", "to_imatrix"),
         "Hardware": ("device", "device_map", "max_memory"),
     },
 )
@@ -152,11 +155,22 @@ class TwoUsages(GroupedHelp):
     "model that was merged from theirs",
 )
 @click.option(
+    "--from-imatrix",
+    is_flag=True,
+    help="Measure nothing: write the saliency of a model from its importance matrix, as llama.cpp "
+    "makes it",
+)
+@click.option(
+    "--to-imatrix",
+    is_flag=True,
+    help="Measure nothing: write an importance matrix for llama.cpp from a saliency file",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="NEW",
-    help="With --combine: the file to write",
+    help="With --combine, --from-imatrix or --to-imatrix: the file to write",
 )
 @click.option(
     "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
@@ -176,6 +190,8 @@ def main(
     fixed: Path | None,
     as_json: bool,
     combine: bool,
+    from_imatrix: bool,
+    to_imatrix: bool,
     output: Path | None,
     **options: Any,
 ) -> None:
@@ -191,10 +207,17 @@ def main(
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
     start_logging(options.pop("verbosity"))
-    if combine or output:
-        if not (combine and output and out_dir):
-            raise click.UsageError("--combine takes two or more files, and -o NEW")
-        _combine([config, out_dir, *more], output, options["overwrite"])
+    files = [config, *([out_dir] if out_dir else []), *more]
+    modes = {"combine": combine, "from-imatrix": from_imatrix, "to-imatrix": to_imatrix}
+    if asked := [mode for mode, given in modes.items() if given] or (["combine"] if output else []):
+        fits = {
+            "combine": len(files) > 1,
+            "from-imatrix": len(files) == 2,
+            "to-imatrix": not files[1:],
+        }
+        if not (any(modes.values()) and output and fits[asked[0]]) or asked[1:]:
+            raise click.UsageError(f"--{asked[0]} takes {_TAKES[asked[0]]}, and -o NEW")
+        _convert(asked[0], files, output, options)
         return
     if more:
         raise click.UsageError(f"Got unexpected extra argument ({more[0]})")
@@ -316,22 +339,41 @@ def _measure(
             click.echo(f"[{number}/{len(jobs)}] {_summary(measured)}")
 
 
-def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
-    """What the command does with --combine."""
-    if output.exists() and (not overwrite or any(output.samefile(path) for path in paths)):
+# What stands where a recipe and a folder stand otherwise.
+_TAKES = {
+    "combine": "two or more files",
+    "from-imatrix": "an imatrix and its model",
+    "to-imatrix": "one saliency file",
+}
+
+
+def _convert(mode: str, files: list[Path], output: Path, options: dict[str, Any]) -> None:
+    """What the command does with --combine, --from-imatrix or --to-imatrix."""
+    overwrite = options["overwrite"]
+    if output.exists() and (
+        not overwrite or any(path.exists() and output.samefile(path) for path in files)
+    ):
         raise RecipeError(
             f"--output {output}: is there already: name another file"
             + ("" if overwrite else ", or give --overwrite")
         )
-
-    from mergekit_obim.saliency.combine import combine
-
     try:
-        file = combine(paths, output)
+        if mode == "combine":
+            _combine(files, output)
+        elif mode == "from-imatrix":
+            _from_imatrix(files[0], files[1], output, options)
+        else:
+            _to_imatrix(files[0], output)
     except ObimError:
         raise  # some of which are OSErrors too
     except OSError as error:
         raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
+
+
+def _combine(paths: list[Path], output: Path) -> None:
+    from mergekit_obim.saliency.combine import combine
+
+    file = combine(paths, output)
     click.echo(
         f"{output}: {len(file.shapes)} tensors of "
         + ", ".join(
@@ -341,6 +383,40 @@ def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
     )
     if left := len(file.metadata.unscored):
         click.echo(f"Warning: {left} tensors are not in every file, and left unscored", err=True)
+
+
+_ACCESS = ("trust_remote_code", "transformers_cache", "lora_merge_cache")
+
+
+def _from_imatrix(path: Path, model: Path, output: Path, options: dict[str, Any]) -> None:
+    from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
+
+    from mergekit_obim.models.imatrix import imatrix_saliency
+    from mergekit_obim.models.opened import open_model
+    from mergekit_obim.saliency.file import write_saliency
+
+    access = MergeOptions(**{name: options[name] for name in _ACCESS})
+    opened = open_model(ModelReference.parse(str(model)), access)
+    file = imatrix_saliency(path, opened, access)
+    write_saliency(output, file.shapes, file.__getitem__, file.metadata)
+    click.echo(f"{output}: {len(file.shapes)} tensors of model {model}, from {path}")
+    if left := file.metadata.unscored:
+        click.echo(f"unscored, {len(left)} tensors that it lacks: {', '.join(left)}")
+    for warning in file.warnings():
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def _to_imatrix(path: Path, output: Path) -> None:
+    from mergekit_obim.models.imatrix import write_saliency_as_imatrix
+    from mergekit_obim.saliency.file import SaliencyFile
+
+    file = SaliencyFile(path)
+    file.check_values()
+    left = write_saliency_as_imatrix(file, output)
+    click.echo(f"{output}: {len(file.shapes) - len(left)} tensors of model {file.metadata.model}")
+    if left:
+        click.echo(f"left out, as an imatrix does not hold them: {', '.join(left)}")
 
 
 def _inspected(

@@ -48,7 +48,7 @@ def completeness(
     Yields:
         An error that names the missing tensors, or a warning that names the dropped ones.
     """
-    built, sources = _traced(model, access)
+    built, sources = traced(model, access)
     if built and (missing := missing_tensors(built, model, sources)):
         yield model_fault("error", f"model {model.label}: {missing}")
     elif missing := _missing_in_plan(model, built, sources):
@@ -65,7 +65,7 @@ def completeness(
 _TRACED: dict[tuple[str, tuple[str, ...]], tuple[PreTrainedModel, Sources]] = {}
 
 
-def _traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, Sources | None]:
+def traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, Sources | None]:
     """Build a model without weights and trace its stored tensors; (None, None) if that fails."""
     key = (model.config.to_json_string(), tuple(model.names))
     if key not in _TRACED:
