@@ -211,34 +211,56 @@ def write_saliency_as_imatrix(file: SaliencyFile, output: Path) -> list[str]:
         SaliencyFileError: The file is dense, or does not name an architecture that llama.cpp has.
         OSError: The imatrix cannot be written.
     """
-    metadata = file.metadata
-    if metadata.form != "factored":
+    if file.metadata.form != "factored":
         raise SaliencyFileError(
             f"{file.path}: is in dense form, which an imatrix cannot hold: measure model "
-            f"{metadata.model} without --dense"
+            f"{file.metadata.model} without --dense"
         )
-    kind = getattr(transformers, metadata.architecture or "?", None)
+    names = _names_for(file)
+    h, left = _by_entry(file, names)
+    if not h:
+        raise SaliencyFileError(
+            f"{file.path}: nothing in it is of a weight that an imatrix has an entry for"
+        )
+    calibration = file.metadata.calibration
+    measured, length = calibration.get("tokens"), calibration.get("max_length")
+    tokens = torch.tensor([float(measured) if isinstance(measured, int) else 1.0])
+    routed = {
+        entry: torch.tensor([float(count) for count in record["tokens"]])
+        for name, record in file.metadata.experts.items()
+        for entry in names.of(name)
+    }
+    entries = {}
+    for entry, rows in h.items():
+        counts = routed.get(entry, tokens) if len(rows) > 1 else tokens
+        counts = counts.clamp(min=1).log2().round().exp2()
+        entries[entry] = ImatrixEntry((rows * counts[:, None]).flatten(), counts)
+    datasets = [str(s["data"]) for s in calibration.get("sources", []) if "data" in s]
+    chunk = length if isinstance(length, int) and length > 0 else _CHUNK
+    write_imatrix(output, entries, datasets, chunk)
+    return left
+
+
+def _names_for(file: SaliencyFile) -> WeightNames:
+    """Return llama.cpp's names of the weights in a saliency file, by what it says of its model."""
+    architecture = file.metadata.architecture
+    kind = getattr(transformers, architecture or "?", None)
     config_class = getattr(kind, "config_class", None)
     if kind is None or config_class is None:
         raise SaliencyFileError(
-            f"{file.path}: its architecture is {metadata.architecture!r}, which transformers does "
-            "not have, so what llama.cpp calls the weights is not known; put the class that "
-            "config.json names into the metadata"
+            f"{file.path}: its architecture is {architecture!r}, which transformers does not have, "
+            "so what llama.cpp calls the weights is not known; put the class that config.json "
+            "names into the metadata"
         )
-    blocks = 1 + max(
-        (int(n) for name in file.shapes for n in re.findall(r"\.(\d+)\.", name)[:1]), default=0
-    )
+    layers = [int(number) for name in file.shapes for number in re.findall(r"\.(\d+)\.", name)[:1]]
     model_type = config_class().get_text_config().model_type
-    names = WeightNames(file.path, model_type, blocks, kind.base_model_prefix)
-    tokens = {
-        entry: torch.tensor([float(n) for n in record["tokens"]])
-        for name, record in metadata.experts.items()
-        for entry in names.of(name)
-    }
-    measured = metadata.calibration.get("tokens")
-    all_tokens = torch.tensor([float(measured) if isinstance(measured, int) else 1.0])
-    single: dict[str, dict[int, Tensor]] = {}
+    return WeightNames(file.path, model_type, 1 + max(layers, default=0), kind.base_model_prefix)
+
+
+def _by_entry(file: SaliencyFile, names: WeightNames) -> tuple[dict[str, Tensor], list[str]]:
+    """Return h as an imatrix has it, [matrices, in] by entry; and the names of what is left."""
     h: dict[str, Tensor] = {}
+    single: dict[str, dict[int, Tensor]] = {}
     left = []
     for name, shape in file.shapes.items():
         into = [
@@ -247,9 +269,8 @@ def write_saliency_as_imatrix(file: SaliencyFile, output: Path) -> list[str]:
             if not names.reorders_inputs(entry)
             and ("gate_up" not in entry or name.endswith("gate_up_proj"))
         ]
-        matrices = shape[0] if len(shape) == 3 else 1
-        along = [size for size in shape[-2:] if size > 1]
-        if not into or len(shape) not in (2, 3) or len(along) != 1:
+        # h of an embedding that is a head as well, say, is along both of its dims.
+        if not into or len(shape) not in (2, 3) or min(shape[-2:]) > 1:
             left.append(name)
             continue
         expert = EXPERT_NUMBER.search(name)
@@ -257,27 +278,8 @@ def write_saliency_as_imatrix(file: SaliencyFile, output: Path) -> list[str]:
             if expert:
                 single.setdefault(entry, {})[int(expert[0])] = file[name].flatten()
             else:
-                h[entry] = file[name].reshape(matrices, -1)
+                h[entry] = file[name].reshape(shape[0] if len(shape) == 3 else 1, -1)
     for entry, rows in single.items():
-        if entry not in h:
-            h[entry] = torch.stack([rows[number] for number in sorted(rows)])
-    if not h:
-        raise SaliencyFileError(
-            f"{file.path}: nothing in it is of a weight that an imatrix has an entry for"
-        )
-    entries = {}
-    for entry, values in h.items():
-        known = tokens.get(entry, all_tokens)
-        counts = (known if len(known) in (1, len(values)) else all_tokens).clamp(min=1)
-        counts = counts.log2().round().exp2()
-        entries[entry] = ImatrixEntry((values * counts[:, None]).flatten(), counts)
-    datasets = [
-        str(source["data"])
-        for source in metadata.calibration.get("sources", [])
-        if "data" in source
-    ]
-    chunk = metadata.calibration.get("max_length")
-    write_imatrix(
-        output, entries, datasets, chunk if isinstance(chunk, int) and chunk > 0 else _CHUNK
-    )
-    return left
+        if entry not in h and sorted(rows) == list(range(len(rows))):
+            h[entry] = torch.stack([rows[number] for number in range(len(rows))])
+    return h, left

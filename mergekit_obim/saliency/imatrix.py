@@ -35,7 +35,21 @@ _ARCHITECTURES = {
     **{"glm4v_moe": "glm4moe", "solar_open": "glm4moe", "gpt_bigcode": "starcoder"},
     **{"granitemoeshared": "granitemoe", "olmo3": "olmo2", "phi": "phi2", "qwen2_5_vl": "qwen2vl"},
     **{"hunyuan_v1_dense": "hunyuan-dense", "hunyuan_v1_moe": "hunyuan-moe"},
+    **{"nemotron_h": "nemotron_h_moe"},  # which has all that the other has
 }
+# Weights that llama.cpp takes apart, or that its package has by another name only.
+_PARTS = {
+    "experts.gate_up_proj": [f"experts.{name}" for name in ("gate_proj", "up_proj", "w1", "w3")],
+    "experts.down_proj": ["experts.w2"],
+    "block_sparse_moe.router": ["block_sparse_moe.router.layer"],
+    "block_sparse_moe.input_linear": [f"block_sparse_moe.experts.{name}" for name in ("w1", "w3")],
+    "shared_mlp.input_linear": [
+        f"mlp.{name}_proj" for name in ("shared_mlp.gate", "shared_mlp.up", "gate", "up")
+    ],
+    "shared_mlp.output_linear": ["mlp.down_proj"],
+}
+# Weights that llama.cpp multiplies by in other ways than as matrices.
+_CONVOLUTION = re.compile(r"conv(1d)?\.weight$")
 # The weights whose columns llama.cpp's converter puts into another order. All others it leaves, or
 # transposes: what else it permutes (the rows of q and k, say) are output features.
 _REORDERED = {"qwen35": "ssm_out", "qwen35moe": "ssm_out", "plamo": "attn_output"}
@@ -319,7 +333,7 @@ class WeightNames:
             )
         arch, name = known[wanted]
         self._map = gguf.get_tensor_name_map(arch, blocks)
-        self._prefix = f"{prefix}."
+        self._prefix = re.compile(rf"^(model|{re.escape(prefix)})\.")
         self._reordered = re.compile(rf"blk\.\d+\.{_REORDERED.get(name, '(?!)')}\.weight")
 
     def of(self, weight: str) -> list[str]:
@@ -331,18 +345,21 @@ class WeightNames:
         """
         stem = re.sub(r"(?<=experts\.)\d+\.", "", weight.removesuffix(".weight"))
         stem = re.sub(r"^(model\.)?language_model\.(model\.)?", "model.", stem)
+        stem = re.sub(r"^\w+\.(layers\.\d+)\.mixer\.experts", r"model.\1.mlp.experts", stem)
         stems = [stem]
-        if stem.endswith("experts.gate_up_proj"):
-            # Both see the same input, and llama.cpp mostly keeps them apart.
-            stems += [stem.replace("gate_up_proj", part) for part in ("gate_proj", "up_proj")]
-        forms = [f for s in stems for f in (s, s.removeprefix(self._prefix), f"model.{s}")]
+        for whole, parts in _PARTS.items():
+            if stem.endswith(whole):
+                stems += [stem.removesuffix(whole) + part for part in parts]
+        bare = [(stem, self._prefix.sub("", stem)) for stem in stems]
+        forms = [f for s, b in bare for f in (s, b, f"model.{b}", f"backbone.{b}")]
         found = [f"{name}.weight" for form in forms if (name := self._map.get_name(form))]
         found += [re.sub("ffn_(gate|up)_exps", "ffn_gate_up_exps", name) for name in found]
         # What else there may be is not collected by llama.cpp.
         return [
             name
             for name in dict.fromkeys(found)
-            if name.startswith("blk.") or name == "output.weight"
+            if (name.startswith("blk.") or name == "output.weight")
+            and not _CONVOLUTION.search(name)
         ]
 
     def reorders_inputs(self, entry: str) -> bool:
