@@ -160,6 +160,9 @@ def _table(
     return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
 
 
+_COUNTS = {"samples": "rows", "tokens": "tokens"}
+
+
 def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
     """Return what a saliency file was measured on, in a few words.
 
@@ -173,7 +176,8 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
     if not record.get("sources"):
         return "not recorded in the file"
     sources = ", ".join(f"{quote}{s.get('data', '?')}{quote}" for s in record["sources"])
-    return f"{sources}: {record.get('samples', 0):,} rows, {record.get('tokens', 0):,} tokens"
+    counts = [f"{record[key]:,} {what}" for key, what in _COUNTS.items() if key in record]
+    return f"{sources}: {', '.join(counts)}" if counts else sources
 
 
 def _notes(account: Account) -> list[str]:
