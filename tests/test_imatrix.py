@@ -564,3 +564,16 @@ def test_usage(world: World, tmp_path: Path) -> None:
         ("--to-imatrix", "--from-imatrix", file, world.math, "-o", new),
     ):
         assert commands.obim_saliency(*wrong).exit_code == 2
+
+
+def test_the_check_and_the_report_take_them_too(world: World, tmp_path: Path) -> None:
+    path = write_legacy(tmp_path / "it.dat", llama_entries(world, 0))
+    recipe = commands.write_recipe(tmp_path, world.recipe(parameters={"saliency": str(path)}))
+    succeed(commands.obim_saliency("--check", recipe))
+    page = tmp_path / "report.html"
+    succeed(commands.obim_report(recipe, "-o", page))
+    says(page.read_text(), "a.txt", "it.dat has no entry for it")
+    write_gguf(path, {"blk.0.attn_q.weight": (torch.ones(1, 64), [4.0])})
+    told = commands.obim_saliency("--check", recipe)
+    assert told.exit_code == 1
+    says(told.output, "64 values and 1 counts", "measured on another model")
