@@ -77,6 +77,7 @@ def test_help_is_grouped_and_loads_nothing_heavy() -> None:
         "Correlations": "--sketch --full-gram",
         "Output": "--dense --overwrite --quiet -v",
         "Check": "--check --fix --json",
+        "Publish": "--push --create-pr --private",
         "Combine": "--combine -o",
         "Imatrix": "--from-imatrix --to-imatrix",
         "Hardware": "--device --device-map --max-memory",

@@ -95,6 +95,7 @@ class Usages(GroupedHelp):
         "Correlations": ("sketch", "full_gram"),
         "Output": ("dense", "overwrite"),
         "Check": ("check", "fixed", "as_json"),
+        "Publish": ("push", "create_pr", "private"),
         "Combine": ("combine", "output"),
         "Imatrix": ("from_imatrix", "to_imatrix"),
         "Hardware": ("device", "device_map", "max_memory"),
@@ -149,6 +150,14 @@ class Usages(GroupedHelp):
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option(
+    "--push",
+    metavar="ORG/REPO",
+    help="Commit the files to a repository on the Hub: a single expert's where a recipe that names "
+    "this repository as its model finds it",
+)
+@click.option("--create-pr", is_flag=True, help="With --push: open a pull request instead")
+@click.option("--private", is_flag=True, help="With --push: make the repository private, if new")
+@click.option(
     "--combine",
     is_flag=True,
     help="Measure nothing: write the token-weighted means of saliency files, as the saliency of a "
@@ -189,6 +198,9 @@ def main(
     check: bool,
     fixed: Path | None,
     as_json: bool,
+    push: str | None,
+    create_pr: bool,
+    private: bool,
     combine: bool,
     from_imatrix: bool,
     to_imatrix: bool,
@@ -206,6 +218,12 @@ def main(
         raise click.UsageError("--full-gram has all columns that --sketch could ask for; leave it")
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
+    if (create_pr or private) and not push:
+        raise click.UsageError(f"--{'create-pr' if create_pr else 'private'} goes with --push")
+    if push and (check or combine or from_imatrix or to_imatrix or options["dense"]):
+        raise click.UsageError("--push publishes what is measured, in factored form: give it alone")
+    if push and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", push):
+        raise click.UsageError(f"--push {push}: is no repository on the Hub: write ORG/REPO")
     start_logging(options.pop("verbosity"))
     files = [config, *([out_dir] if out_dir else []), *more]
     modes = {"combine": combine, "from-imatrix": from_imatrix, "to-imatrix": to_imatrix}
@@ -227,13 +245,15 @@ def main(
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     if check:
         _check(config, out_dir, fixed, as_json, options)
-    elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
-        _measure(config, out_dir, options)
+        return
+    publish = (push, create_pr, private) if push else None
+    if "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
+        _measure(config, out_dir, options, publish)
     else:
         from mergekit_obim.calibration.ranks import joined
 
         with joined() as ranks:
-            _measure(config, out_dir, options, ranks)
+            _measure(config, out_dir, options, publish, ranks)
 
 
 def _check(
@@ -268,9 +288,16 @@ def _check(
 
 
 def _measure(
-    config: Path, out_dir: Path | None, options: dict[str, Any], ranks: Ranks | None = None
+    config: Path,
+    out_dir: Path | None,
+    options: dict[str, Any],
+    publish: tuple[str, bool, bool] | None,
+    ranks: Ranks | None = None,
 ) -> None:
-    """What the command does, in one process or in one of several."""
+    """What the command does, in one process or in one of several.
+
+    `publish` is the repository to commit to, whether by a pull request, and whether it is private.
+    """
     assert out_dir is not None
 
     from mergekit_obim.recipe import recipe_faults
@@ -294,8 +321,13 @@ def _measure(
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
     from mergekit_obim.dry_run import read_recipe
+    from mergekit_obim.saliency.file import PUBLISHED_NAME
+    from mergekit_obim.saliency.publish import check_login
+    from mergekit_obim.saliency.publish import publish as push
 
     ranks = ranks or Ranks()
+    if publish:
+        ranks.local_first(partial(check_login, publish[0]))
     run_options = _run_options(documents[0].content, options, ranks.local)
     faults, merges = [], []
     for document, experts in zip(documents, found, strict=True):
@@ -329,14 +361,21 @@ def _measure(
         for warning in checking.weight_warnings(prepared, base, opened) if ranks.first else ():
             click.echo(f"Warning: {warning}", err=True)
         jobs += [(one, own) for one in prepared]
+    files: dict[str, Path] = {}
     for number, (one, own) in enumerate(jobs, 1):
         measured = measure(one, own, ranks)
         if measured is None:
             continue  # the first process says it
+        # A single expert's where a recipe that names the repository as its model looks for it.
+        files[PUBLISHED_NAME if len(jobs) == 1 else measured.path.name] = measured.path
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not own.quiet:
             click.echo(f"[{number}/{len(jobs)}] {_summary(measured)}")
+    if publish and files:
+        repo, create_pr, private = publish
+        address = push(files, repo, create_pr=create_pr, private=private or None)
+        click.echo(f"{repo}: {', '.join(files)} → {address}")
 
 
 # What stands where a recipe and a folder stand otherwise.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from mergekit_obim.errors import RecipeError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.report.gather import Account, calibration_of, gather, planned_experts
 from mergekit_obim.saliency.file import write_text
+from mergekit_obim.saliency.publish import added
+from mergekit_obim.saliency.publish import hub_data_sets as measured_data
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 
@@ -59,18 +61,11 @@ def write_section(
     after = rest.partition(END)[2].lstrip() if begin else ""
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n" + (after and f"\n{after}")
     data = card.data
-    data.tags = _with(data.tags, ["mergekit", "merge", config.merge_method])
-    data.base_model = _with(data.base_model, hub_models(config))
-    data.datasets = _with(data.datasets, hub_data_sets(calibration))
+    data.tags = added(data.tags, ["mergekit", "merge", config.merge_method])
+    data.base_model = added(data.base_model, hub_models(config))
+    data.datasets = added(data.datasets, hub_data_sets(calibration))
     write_text(path, str(card))
     return path
-
-
-def _with(there: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
-    """Return what a metadata field holds, with the names added to it that it lacks."""
-    found = [there] if isinstance(there, str) else there or []
-    new = [name for name in dict.fromkeys(names) if name not in found]
-    return [*found, *new] if new else there
 
 
 def hub_models(config: MergeConfiguration) -> list[str]:
@@ -82,9 +77,7 @@ def hub_models(config: MergeConfiguration) -> list[str]:
 
 def hub_data_sets(calibration: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names of the data sets on the Hub that saliency files were measured on."""
-    sources = [s for file in calibration.values() for s in file["calibration"].get("sources", [])]
-    # Data that is read from a file has no split.
-    return [s["data"] for s in sources if s.get("split") and _is_hub_name(s["data"])]
+    return [name for file in calibration.values() for name in measured_data(file["calibration"])]
 
 
 def _is_hub_name(name: str) -> bool:

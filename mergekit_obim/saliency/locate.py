@@ -17,6 +17,11 @@ from mergekit_obim.saliency.hub import download
 from mergekit_obim.saliency.imatrix import SUFFIXES as IMATRIX_SUFFIXES
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
+# huggingface_hub's own form, for its file system: the revision stands before the file.
+_ADDRESS = re.compile(
+    r"hf://(?:models/)?(?!datasets/|spaces/|buckets/)(?P<repo>[\w-][\w.-]*/[\w.-]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?(?:/(?P<file>[^@]*[^@/]))?/?"
+)
 _LOCK = threading.Lock()
 
 
@@ -25,7 +30,8 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
 
     Args:
         setting: The recipe's ``saliency``: a file, an imatrix, a folder of files,
-            ``org/repo[/file][@revision]`` on the Hub, or None for the model's own file.
+            ``org/repo[/file][@revision]`` or ``hf://org/repo[@revision][/file]`` on the Hub, or
+            None for the model's own file.
         model: The expert's reference, ``model[@revision][+lora[@revision]]``.
         cache_dir: The Hub cache to use, None for the default one.
 
@@ -42,6 +48,12 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         place = f"`saliency: {setting}`: "
         where = f"`saliency: {setting}` has no file for it"
     wanted = " or ".join(names)
+    hub = _ADDRESS.fullmatch(setting)
+    if setting.startswith("hf://") and not hub:
+        raise SaliencyNotFoundError(
+            f"no saliency for model {model}: {place}is no address of a repository of models: write "
+            "hf://org/repo[@revision][/file], or make a file with `obim-saliency RECIPE OUT_DIR`"
+        )
     local = Path(setting)
     if not local.exists():
         local = Path(setting.split("@")[0])  # a local model's path, with a revision
@@ -53,12 +65,12 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         return local
     if local.is_file():
         local = local.parent  # mergekit-pytorch's models are files
-    if local.is_dir():
+    if local.is_dir() and not hub:
         for name in names:
             if (local / name).is_file():
                 return local / name
         where += f" ({wanted} in {local})"
-    elif hub := _HUB.fullmatch(setting):
+    elif hub := hub or _HUB.fullmatch(setting):
         names = [hub["file"]] if hub["file"] else names[::-1]
         found, unknown = download(hub["repo"], names, hub["revision"], cache_dir)
         if found:
