@@ -27,7 +27,7 @@ from commands import LAYERS, World, refusal, same_tensors, says, succeed
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.errors import ObimError, SaliencyFileError
 from mergekit_obim.models.imatrix import imatrix_saliency, write_saliency_as_imatrix
-from mergekit_obim.models.names import under_all_names, weight_names
+from mergekit_obim.models.names import sources_of, under_all_names, weight_names
 from mergekit_obim.models.opened import open_model
 from mergekit_obim.saliency.file import SaliencyMetadata, write_saliency
 from mergekit_obim.saliency.imatrix import ImatrixSaliency, read_imatrix
@@ -136,7 +136,7 @@ def test_a_saliency_file_from_an_imatrix(world: World, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [write_gguf, write_legacy])
-@pytest.mark.parametrize("method", ["obim", "regmean_diag"])
+@pytest.mark.parametrize("method", ["obim", "regmean_diag", "regmean"])
 def test_a_recipe_that_names_imatrices(
     world: World,
     tmp_path: Path,
@@ -410,7 +410,7 @@ def test_names_and_layouts_of_architectures(name: str, tmp_path: Path) -> None:
         for ids in tiny_models.sequences((40, 30, 7)):
             model(input_ids=ids[None])
     opened = open_model(ModelReference.parse(str(tmp_path)), MergeOptions())
-    names = weight_names(model, opened.names)
+    names = weight_names(model, sources_of(model, opened.names))
     h: dict[str, Tensor] = {}
     experts = {}
     for parameter, found in capture.curvatures().items():

@@ -44,12 +44,13 @@ def imatrix_saliency(path: Path, model: OpenModel, access: Access) -> ImatrixSal
             told from the model's.
     """
     imatrix = read_imatrix(path)
-    built, sources = traced(model, access)
-    if built is None or sources is None:
+    without_weights = traced(model, access)
+    if without_weights is None:
         raise SaliencyFileError(
             f"{path}: transformers cannot build model {model.label} here, so which weights the "
             "entries are of is not known; measure it with obim-saliency"
         )
+    built, sources = without_weights
     text = model.config.get_text_config()
     blocks = getattr(text, "num_hidden_layers", 0)
     names = WeightNames(path, text.model_type, blocks, built.base_model_prefix)
@@ -62,7 +63,7 @@ def imatrix_saliency(path: Path, model: OpenModel, access: Access) -> ImatrixSal
     unscored: dict[str, str] = {}
     experts: dict[str, dict[str, list[int]]] = {}
     used: set[str] = set()
-    for parameter, known in weight_names(built, model.names).items():
+    for parameter, known in weight_names(built, sources).items():
         candidates = (name for own in (*known, *fused.get(parameter, ())) for name in names.of(own))
         found = [name for name in dict.fromkeys(candidates) if name in imatrix.entries]
         weight = _Weight.of(built, parameter)
