@@ -26,11 +26,11 @@ from architectures import ARCHITECTURES
 from commands import LAYERS, World, refusal, same_tensors, says, succeed
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.errors import ObimError, SaliencyFileError
-from mergekit_obim.models.imatrix import imatrix_saliency, write_saliency_as_imatrix
+from mergekit_obim.models.imatrix import _Weight, imatrix_saliency, write_saliency_as_imatrix
 from mergekit_obim.models.names import sources_of, under_all_names, weight_names
 from mergekit_obim.models.opened import open_model
 from mergekit_obim.saliency.file import SaliencyMetadata, write_saliency
-from mergekit_obim.saliency.imatrix import ImatrixSaliency, read_imatrix
+from mergekit_obim.saliency.imatrix import ImatrixEntry, ImatrixSaliency, read_imatrix
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -304,6 +304,18 @@ def test_experts_without_rows_have_their_layers_mean(mixtral: Path, tmp_path: Pa
     assert "model.layers.1.mlp.experts.gate_up_proj" in file.metadata.unscored
 
 
+def test_experts_that_the_model_keeps_apart_have_their_own_row() -> None:
+    entry = ImatrixEntry(routed(16).flatten(), torch.tensor(COUNTS))
+    for number, want in enumerate(expected_experts(routed(16), COUNTS)):
+        weight = _Weight(torch.Size([24, 16]), (-1,), number)
+        matrices = weight.matrices_in(entry)
+        assert matrices == len(COUNTS)
+        h, _ = weight.h(entry, matrices)
+        assert h is not None
+        assert torch.equal(h, want[None])
+    assert _Weight(torch.Size([24, 16]), (-1,), len(COUNTS)).matrices_in(entry) is None
+
+
 def test_ones_of_the_older_format_are_no_measurement(mixtral: Path, tmp_path: Path) -> None:
     sums = routed(24)
     entries = {"blk.0.ffn_down_exps.weight": (sums, COUNTS)}
@@ -362,6 +374,14 @@ def test_value_heads_are_put_back_into_their_groups(tmp_path: Path) -> None:
         tmp_path,
     )
     assert left == ["model.layers.0.linear_attn.out_proj.weight"]
+
+
+def test_a_weight_that_llama_cpp_takes_apart(tmp_path: Path) -> None:
+    ARCHITECTURES["qwen3_next"].build().save_pretrained(tmp_path)
+    entries = {"blk.0.attn_gate.weight": (torch.arange(16.0)[None], [2.0])}
+    file = saliency_for(tmp_path, write_gguf(tmp_path / "q.gguf", entries))
+    name = "model.layers.0.linear_attn.in_proj_qkvz.weight"
+    assert torch.equal(file[name], torch.arange(16.0)[None] / 2)
 
 
 def write_saliency_as_imatrix_of(

@@ -47,6 +47,7 @@ _PARTS = {
         f"mlp.{name}_proj" for name in ("shared_mlp.gate", "shared_mlp.up", "gate", "up")
     ],
     "shared_mlp.output_linear": ["mlp.down_proj"],
+    "linear_attn.in_proj_qkvz": [f"linear_attn.in_proj_{name}" for name in ("qkv", "z")],
 }
 # Weights that llama.cpp multiplies by in other ways than as matrices.
 _CONVOLUTION = re.compile(r"conv(1d)?\.weight$")
