@@ -48,6 +48,10 @@ class SaliencyNotFoundError(ObimError, FileNotFoundError):
         return self.message
 
 
+class PublishError(ObimError, RuntimeError):
+    """The Hub did not take a saliency file."""
+
+
 class CheckpointError(ObimError, ValueError):
     """A model cannot be read, or its tensors are not what its configuration says."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from mergekit_obim.report.gather import (
 )
 from mergekit_obim.report.summary import summarize
 from mergekit_obim.saliency.file import write_text
+from mergekit_obim.saliency.publish import added
+from mergekit_obim.saliency.publish import hub_data_sets as measured_data
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 
@@ -68,18 +70,11 @@ def write_section(
     after = rest.partition(END)[2].lstrip() if begin else ""
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n" + (after and f"\n{after}")
     data = card.data
-    data.tags = _with(data.tags, ["mergekit", "merge", config.merge_method])
-    data.base_model = _with(data.base_model, hub_models(config))
-    data.datasets = _with(data.datasets, hub_data_sets(calibration))
+    data.tags = added(data.tags, ["mergekit", "merge", config.merge_method])
+    data.base_model = added(data.base_model, hub_models(config))
+    data.datasets = added(data.datasets, hub_data_sets(calibration))
     write_text(path, str(card))
     return path
-
-
-def _with(there: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
-    """Return what a metadata field holds, with the names added to it that it lacks."""
-    found = [there] if isinstance(there, str) else there or []
-    new = [name for name in dict.fromkeys(names) if name not in found]
-    return [*found, *new] if new else there
 
 
 def hub_models(config: MergeConfiguration) -> list[str]:
@@ -91,9 +86,7 @@ def hub_models(config: MergeConfiguration) -> list[str]:
 
 def hub_data_sets(calibration: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names of the data sets on the Hub that saliency files were measured on."""
-    sources = [s for file in calibration.values() for s in file["calibration"].get("sources", [])]
-    # Data that is read from a file has no split.
-    return [s["data"] for s in sources if s.get("split") and _is_hub_name(s["data"])]
+    return [name for file in calibration.values() for name in measured_data(file["calibration"])]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -185,6 +178,9 @@ def _file(file: Mapping[str, Any] | None) -> str:
     return f"`{Path(file['file']).name}`{more}"
 
 
+_COUNTS = {"samples": "rows", "tokens": "tokens"}
+
+
 def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
     """Return what a saliency file was measured on, in a few words.
 
@@ -198,7 +194,8 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
     if not record.get("sources"):
         return "not recorded in the file"
     sources = ", ".join(f"{quote}{s.get('data', '?')}{quote}" for s in record["sources"])
-    return f"{sources}: {record.get('samples', 0):,} rows, {record.get('tokens', 0):,} tokens"
+    counts = [f"{record[key]:,} {what}" for key, what in _COUNTS.items() if key in record]
+    return f"{sources}: {', '.join(counts)}" if counts else sources
 
 
 def _notes(account: Account) -> list[str]:
