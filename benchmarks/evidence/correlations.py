@@ -37,9 +37,7 @@ def _merges(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Mer
         **{f"RegMean, 16 columns, shrink {s}": regmean(shrink=s) for s in SHRINKS},
         **{f"RegMean, whole matrix, shrink {s}": regmean("full", shrink=s) for s in SHRINKS},
         **{
-            f"no data, shrink {s}": replace(
-                Merge("regmean", {"statistics": "none", "shrink": s}), experts=tuple(experts)
-            )
+            f"no data, shrink {s}": Merge("regmean", {"statistics": "none", "shrink": s}, **plain)
             for s in (0.25, 0.5, 0.75, 0.9)
         },
     }
