@@ -36,14 +36,17 @@ def read_calibration(
     references: Sequence[ModelReference],
     config: PretrainedConfig,
     options: RunOptions,
+    *,
+    further: int = 0,
 ) -> TokenizedCalibration:
-    """Read and tokenize the data that an expert is to be measured on.
+    """Read and tokenize the data that an expert is to be measured on, or further data like it.
 
     Args:
         expert: The expert, with its calibration.
         references: Where to look for a tokenizer and a processor: the expert, then the base.
         config: The expert's configuration.
         options: Where downloads are kept, and whether code that comes with a model may run.
+        further: If not 0, how many rows to read that come after those to be measured.
 
     Raises:
         CalibrationError: The data cannot be read or used, there is no tokenizer that can be
@@ -60,6 +63,7 @@ def read_calibration(
         expert.model,
         length_limit(tokenizer, config),
         cache(lambda: _processor(places, options, config, tokenizer)),
+        further=further,
     )
     check_vocabulary(expert.model, data, config)
     return data
