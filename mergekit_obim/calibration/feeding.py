@@ -12,9 +12,7 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 
-def feed(
-    model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
-) -> Tensor | None:
+def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> Tensor | None:
     """Run one forward pass.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in

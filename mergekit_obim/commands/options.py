@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -10,9 +11,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mergekit_obim import __version__
+from mergekit_obim.errors import RecipeError, one_line
 
 if TYPE_CHECKING:
     from mergekit.options import MergeOptions
+
+    from mergekit_obim.calibration.options import RunOptions
+
+    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
+else:
+    ParamType = click.ParamType
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -20,6 +28,44 @@ FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 NEW_FILE = click.Path(dir_okay=False, path_type=Path)
 NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+class BatchSize(ParamType):
+    """A positive number, or ``auto``."""
+
+    name = "integer|auto"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | str:
+        if value == "auto" or isinstance(value, int):
+            return value if value == "auto" else int(value)
+        if str(value).isdecimal() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+
+
+class DeviceMemory(ParamType):
+    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
+
+    name = "device=size"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[int | str, int | str]:
+        if isinstance(value, tuple):
+            return value
+        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
+        if found is None:
+            self.fail(
+                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
+            )
+        device, size = found.groups()
+        return int(device) if device.isdecimal() else device, (
+            int(size) if size.isdecimal() else size
+        )
+
 
 _SHARED = (
     click.option("--quiet", is_flag=True, help="Print nothing but warnings and errors"),
@@ -35,6 +81,17 @@ _SHARED = (
     ),
     click.version_option(__version__),
 )
+_HARDWARE = (
+    click.option(
+        "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
+    ),
+    click.option(
+        "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
+    ),
+    click.option(
+        "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
+    ),
+)
 # Titles in the help. A command's own groups come first, and share a title where it is the same.
 _GROUPS: dict[str, tuple[str, ...]] = {
     "Output": ("quiet", "verbosity"),
@@ -45,7 +102,22 @@ _GROUPS: dict[str, tuple[str, ...]] = {
 
 def shared_options(command: F) -> F:
     """Add the options that every command has: how models are read, and how much is printed."""
-    for option in reversed(_SHARED):  # decorators apply from the last to the first
+    return _with(_SHARED, command)
+
+
+def hardware_options(command: F) -> F:
+    """Add the options of commands that run models: where."""
+    return _with(_HARDWARE, command)
+
+
+def check_hardware(options: Mapping[str, Any]) -> None:
+    """Refuse hardware options that do nothing together."""
+    if options["max_memory"] and not options["device_map"]:
+        raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+
+
+def _with(options: Sequence[Callable[[F], F]], command: F) -> F:
+    for option in reversed(options):  # decorators apply from the last to the first
         command = option(command)
     return command
 
@@ -95,3 +167,38 @@ def merge_options(options: dict[str, Any]) -> MergeOptions:
     from mergekit.options import MergeOptions
 
     return MergeOptions(**options)
+
+
+def run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
+    """Where and how to run, of the options that are left; ``number`` as in :func:`_device`."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from mergekit_obim.calibration.options import RunOptions
+
+    # transformers shows a bar of its own for every model it loads; accelerate warns that
+    # offloaded weights are offloaded.
+    disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    options["device"] = _device(options["device"], number)
+    options["max_memory"] = dict(options["max_memory"])
+    return RunOptions(merge_dtype=recipe.get("dtype"), **options)
+
+
+def _device(asked: str | None, number: int) -> str:
+    """The device to run on; without an index, the one with this process's number on its machine."""
+    import torch
+
+    device = asked
+    if device is None:
+        found = torch.accelerator.current_accelerator()
+        device = str(found) if found else "cpu"
+    if number and ":" not in device and device != "cpu":
+        device = f"{device}:{number % max(1, torch.accelerator.device_count())}"
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # torch raises several kinds
+        raise RecipeError(
+            f"--device {device}: torch cannot use it here ({one_line(error)}); leave "
+            "--device out to take what there is"
+        ) from error
+    return device

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,9 +14,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_obim.commands.options import (
+    DTYPES,
     FILE,
     NEW_FILE,
+    BatchSize,
     GroupedHelp,
+    check_hardware,
+    hardware_options,
+    run_options,
     shared_options,
     start_logging,
 )
@@ -35,46 +38,6 @@ if TYPE_CHECKING:
     from mergekit_obim.calibration.run import Measured
     from mergekit_obim.models.inspection import Opened
     from mergekit_obim.recipe.experts import Expert
-
-    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
-else:
-    ParamType = click.ParamType
-
-
-class BatchSize(ParamType):
-    """A positive number, or ``auto``."""
-
-    name = "integer|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value if value == "auto" else int(value)
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
-
-
-class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
-
-    name = "device=size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, int | str]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(
-                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
-            )
-        device, size = found.groups()
-        return int(device) if device.isdecimal() else device, (
-            int(size) if size.isdecimal() else size
-        )
 
 
 class TwoUsages(GroupedHelp):
@@ -111,7 +74,7 @@ class TwoUsages(GroupedHelp):
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    type=click.Choice(DTYPES),
     help="Of the forward pass  [default: the checkpoint's]",
 )
 @click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
@@ -146,15 +109,7 @@ class TwoUsages(GroupedHelp):
     metavar="NEW",
     help="With --combine: the file to write",
 )
-@click.option(
-    "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
-)
-@click.option(
-    "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
-)
-@click.option(
-    "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
-)
+@hardware_options
 @shared_options
 def main(
     config: Path,
@@ -172,8 +127,7 @@ def main(
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
     OUT_DIR/<model-name>.safetensors, for `parameters: {saliency: OUT_DIR}`.
     """
-    if options["max_memory"] and not options["device_map"]:
-        raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    check_hardware(options)
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
     start_logging(options.pop("verbosity"))
@@ -215,12 +169,12 @@ def _check(
     from mergekit_obim import checking
     from mergekit_obim.saliency.file import write_text
 
-    run_options = _run_options(documents[0].content, options)
+    running = run_options(documents[0].content, options)
     if fixed is None:
-        verdict = checking.check(documents, out_dir, run_options, overrides, only)
+        verdict = checking.check(documents, out_dir, running, overrides, only)
     else:
         text = config.read_bytes().decode()  # with the line ends that it has
-        text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
+        text, verdict = checking.fix(text, out_dir, running, overrides, only)
         write = bool(verdict.changes) or not verdict.errors
         if write:
             write_text(fixed, text)
@@ -259,7 +213,7 @@ def _measure(
     from mergekit_obim.dry_run import read_recipe
 
     ranks = ranks or Ranks()
-    run_options = _run_options(documents[0].content, options, ranks.local)
+    running = run_options(documents[0].content, options, ranks.local)
     faults, merges = [], []
     for document, experts in zip(documents, found, strict=True):
         merge, wrong = read_recipe(document)
@@ -277,7 +231,7 @@ def _measure(
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     for document, merge, experts in zip(documents, merges, found, strict=True):
         assert merge is not None  # else there were errors
-        own = replace(run_options, merge_dtype=document.content.get("dtype"))
+        own = replace(running, merge_dtype=document.content.get("dtype"))
         base = ModelReference.model_validate(base_of(document)) if base_of(document) else None
         opened = ranks.local_first(partial(_inspected, merge, base, experts.measured, own, ranks))
         prepare = partial(
@@ -370,41 +324,6 @@ def _inspected(
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     names = ("samples", "max_length", "batch_size", "seed", "dtype")
     return {name: options.pop(name) for name in names}
-
-
-def _run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
-    """Where and how to run, of the options that are left; ``number`` as in :func:`_device`."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from mergekit_obim.calibration.options import RunOptions
-
-    # transformers shows a bar of its own for every model it loads; accelerate warns that
-    # offloaded weights are offloaded.
-    disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    options["device"] = _device(options["device"], number)
-    options["max_memory"] = dict(options["max_memory"])
-    return RunOptions(merge_dtype=recipe.get("dtype"), **options)
-
-
-def _device(asked: str | None, number: int) -> str:
-    """The device to run on; without an index, the one with this process's number on its machine."""
-    import torch
-
-    device = asked
-    if device is None:
-        found = torch.accelerator.current_accelerator()
-        device = str(found) if found else "cpu"
-    if number and ":" not in device and device != "cpu":
-        device = f"{device}:{number % max(1, torch.accelerator.device_count())}"
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises several kinds
-        raise RecipeError(
-            f"--device {device}: torch cannot use it here ({one_line(error)}); leave "
-            "--device out to take what there is"
-        ) from error
-    return device
 
 
 def read_recipe(path: Path) -> Mapping[str, Any]:
