@@ -1,10 +1,13 @@
-"""``obim-tune``: the recipe, tuned by what the experts say on rows that were set aside."""
+"""``obim-tune`` and ``obim-eval``: merges judged by the experts on rows that were set aside."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -26,6 +29,39 @@ from mergekit_obim.recipe.document import read_document
 if TYPE_CHECKING:
     from mergekit_obim.tuning.run import Settings, Tuned
 
+F = TypeVar("F", bound=Callable[..., Any])
+_PASSES = ("batch_size", "max_length", "dtype")
+
+rows_option = click.option(
+    "--rows",
+    type=click.IntRange(min=1),
+    default=32,
+    help="Rows to set aside for each expert  [default: 32]",
+)
+
+
+def pass_options(command: F) -> F:
+    """Add the options of forward passes, which replace what the recipe says of each model's."""
+    for option in (
+        click.option("--dtype", type=click.Choice(DTYPES), help="[default: the weights']"),
+        click.option(
+            "--max-length",
+            type=click.IntRange(min=1),
+            help="Cut rows at this many tokens  [default: the recipe's, or 512]",
+        ),
+        click.option(
+            "--batch-size",
+            type=BatchSize(),
+            help="Sequences per forward pass  [default: auto]",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _overrides(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options.pop(name) for name in _PASSES}
+
 
 @click.command(
     "obim-tune",
@@ -34,7 +70,7 @@ if TYPE_CHECKING:
         "Objective": ("objective", "worst_case", "rows"),
         "Search": ("trials", "space", "weights", "seed"),
         "Output": ("output", "overwrite"),
-        "Forward passes": ("batch_size", "max_length", "dtype"),
+        "Forward passes": _PASSES,
         "Hardware": ("device", "device_map", "max_memory"),
     },
 )
@@ -50,12 +86,7 @@ if TYPE_CHECKING:
     "tokens  [default: kl]",
 )
 @click.option("--worst-case", is_flag=True, help="Rank by the worst expert, not by their mean")
-@click.option(
-    "--rows",
-    type=click.IntRange(min=1),
-    default=32,
-    help="Rows to set aside for each expert  [default: 32]",
-)
+@rows_option
 @click.option(
     "--trials",
     type=click.IntRange(min=1),
@@ -66,13 +97,7 @@ if TYPE_CHECKING:
 @click.option("--weights", is_flag=True, help="Also give each expert a weight of its own")
 @click.option("--seed", type=int, default=0, help="Of the search  [default: 0]")
 @click.option("--overwrite", is_flag=True, help="Replace TUNED if it is there")
-@click.option("--batch-size", type=BatchSize(), help="Sequences per forward pass  [default: auto]")
-@click.option(
-    "--max-length", type=click.IntRange(min=1), help="Cut rows at this many tokens  [default: 512]"
-)
-@click.option(
-    "--dtype", type=click.Choice(DTYPES), help="Of the forward passes  [default: the weights']"
-)
+@pass_options
 @hardware_options
 @shared_options
 def tune(recipe: Path, output: Path, overwrite: bool, **options: Any) -> None:
@@ -103,7 +128,7 @@ def tune(recipe: Path, output: Path, overwrite: bool, **options: Any) -> None:
         space=options.pop("space") or DEFAULT_SPACE,
         weights=options.pop("weights"),
         seed=options.pop("seed"),
-        overrides={name: options.pop(name) for name in ("batch_size", "max_length", "dtype")},
+        overrides=_overrides(options),
     )
     running = run_options(document.content, options)
     tuned = find(recipe.read_bytes().decode(), output, settings, running)
@@ -130,3 +155,73 @@ def _table(tuned: Tuned, settings: Settings) -> Iterator[str]:
     for row in (head, *rows):
         cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
         yield "  ".join([*cells, row[-1]])
+
+
+@click.command(
+    "obim-eval",
+    cls=GroupedHelp,
+    groups={
+        "Input": ("recipe", "rows", "tasks"),
+        "Output": ("as_json", "card"),
+        "Forward passes": _PASSES,
+        "Hardware": ("device", "device_map", "max_memory"),
+    },
+)
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option("--recipe", type=FILE, required=True, help="The recipe that names experts and data")
+@rows_option
+@click.option(
+    "--tasks", help="Also run these tasks of lm-evaluation-harness: names or YAML files, by commas"
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON, for machines")
+@click.option("--card", is_flag=True, help="Write the results into each MODEL's README.md")
+@pass_options
+@hardware_options
+@shared_options
+def evaluate(
+    models: tuple[str, ...],
+    recipe: Path,
+    rows: int,
+    tasks: str | None,
+    as_json: bool,
+    card: bool,
+    **options: Any,
+) -> None:
+    """Measure how much of each expert's gain MODELs have, on rows that were set aside.
+
+    A MODEL is a merge of RECIPE's experts, made by anything. For each expert, on its own rows:
+    the loss, the divergence from the expert, and the share of its gain over the base.
+    """
+    check_hardware(options)
+    start_logging(options.pop("verbosity"))
+    document = read_document(recipe)
+    folders = [model for model in models if not Path(model).is_dir()]
+    if card and folders:
+        raise RecipeError(f"--card: {folders[0]} is no folder here, so its card cannot be written")
+
+    from mergekit_obim.tuning.benchmarks import run_tasks
+    from mergekit_obim.tuning.card import write_results
+    from mergekit_obim.tuning.evaluation import evaluate as measure
+    from mergekit_obim.tuning.evaluation import tables
+    from mergekit_obim.tuning.run import open_session
+
+    overrides = _overrides(options)
+    running = run_options(document.content, options)
+    session = open_session(document, overrides, rows, running)
+    with TemporaryDirectory(prefix="mergekit-obim-") as made:
+        found = measure(models, session, Path(made), running)
+        for model in models if tasks else ():
+            found.tasks[model] = run_tasks(
+                model,
+                [task.strip() for task in (tasks or "").split(",")],
+                Path(made),
+                running,
+                dtype=overrides["dtype"],
+                batch_size=overrides["batch_size"],
+            )
+    click.echo(
+        json.dumps(asdict(found), indent=1) if as_json else "\n".join(tables(found)).rstrip()
+    )
+    for model in models if card else ():
+        path = write_results(Path(model), found, model)
+        click.echo(f"{path}: has these results", err=True)

@@ -77,8 +77,12 @@ class Candidate:
     own: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def settings(self) -> str:
-        """Return the parameters in a few words."""
-        told = [f"{name} {_shown(value)}" for name, value in self.shared.items()]
+        """Return the parameters that the label does not tell, in a few words."""
+        told = [
+            f"{name} {_shown(value)}"
+            for name, value in self.shared.items()
+            if name != "assignment" or value not in self.label.split()
+        ]
         for name in dict.fromkeys(key for values in self.own.values() for key in values):
             values = [_shown(settings[name]) for settings in self.own.values()]
             told.append(f"{name} {' '.join(values)}")

@@ -201,8 +201,14 @@ class Search:
 
 
 def best_first(tried: Sequence[Tried]) -> list[Tried]:
-    """Return candidates in the order of their values; of equal ones the earlier comes first."""
-    return sorted(tried, key=lambda one: one.value)
+    """Return candidates in the order of their values; of equal ones the earlier comes first.
+
+    What was suggested twice is there once.
+    """
+    different: dict[str, Tried] = {}
+    for one in tried:
+        different.setdefault(_key(one.candidate), one)
+    return sorted(different.values(), key=lambda one: one.value)
 
 
 @contextmanager
