@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,16 +61,14 @@ def test_half_precision_is_computed_in_float32() -> None:
     teacher, student = logits(0).bfloat16(), logits(1).bfloat16()
     found = divergence(top_tokens(teacher, 5), student)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(
-        found.double(), reference(teacher, student, 5), rtol=1e-5, atol=1e-5
-    )
+    torch.testing.assert_close(found.double(), reference(teacher, student, 5), rtol=1e-5, atol=1e-5)
 
 
 def test_more_tokens_come_closer_from_below_and_all_are_exact() -> None:
     teacher, student = logits(0), logits(1)
     exact = reference(teacher, student, VOCABULARY)
     bounds = [divergence(top_tokens(teacher, k), student) for k in range(1, VOCABULARY + 1)]
-    for less, more in zip(bounds, bounds[1:], strict=False):
+    for less, more in itertools.pairwise(bounds):
         assert (less <= more + 1e-12).all()
     torch.testing.assert_close(bounds[-1], exact, rtol=1e-12, atol=1e-12)
 

@@ -14,7 +14,7 @@ from mergekit_obim.tuning.evaluation import Evaluation
 
 _METRICS = {
     "loss": "Cross-entropy, nats per token",
-    "divergence": "KL divergence from the expert, nats per token",
+    "divergence": "KL divergence from the teacher, nats per token",
     "recovery": "Share of the expert's gain over the base",
 }
 _SOURCE = "obim-eval"

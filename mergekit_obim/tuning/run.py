@@ -260,19 +260,22 @@ def _plannable(
     """
     merging = merge_options(options)
     _warn_of_other_rows(session, plan(session.config, merging, inspected=True), options)
-    entries = []
+    entries: list[Entry] = []
+    left_out: dict[str, list[str]] = {}
     for entry in read_space(settings.space, methods, weights=settings.weights):
         candidate = entry.candidate(Defaults(), session.experts)
         try:
             plan(_recipe_of(candidate, text, methods), merging, inspected=True)
         except ObimError as error:
+            # Of several faults the first, which comes after a line with their number.
+            why = error.message.splitlines()[:2][-1].strip()
             if settings.space != DEFAULT_SPACE:
-                raise RecipeError(f"{settings.space}: {entry.label}: {error.message}") from error
-            LOG.warning("%s is left out: %s", entry.label, quoted(error))
+                raise RecipeError(f"{settings.space}: {entry.label}: {why}") from error
+            left_out.setdefault(why, []).append(entry.label)
         else:
             entries.append(entry)
-    if not entries:
-        raise RecipeError(f"{settings.space}: nothing in it can be merged here")
+    for why, labels in left_out.items():
+        LOG.warning("left out of the search: %s: %s", ", ".join(labels), why)
     return entries
 
 
