@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lm_eval
 import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from lm_eval.tasks import TaskManager
 from transformers import AutoModelForCausalLM
 
 from commands import (
@@ -182,8 +184,14 @@ def test_a_card_needs_a_folder(evaluated: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_tasks_of_the_harness(evaluated: dict[str, Any], world: World, tmp_path: Path) -> None:
-    """A task of our own, without the network: its loglikelihoods are the model's."""
-    pairs = [("1 + 1 =", "2", "x"), ("math", "0", "z"), ("code", "a", "b"), ("x", "y", "zz")]
+    """A task of our own, without the network: the figures are those of the harness's own command."""
+    pairs = [
+        ("1 + 1 =", "2", "x"),
+        ("math", "0", "z"),
+        ("code", "a", "b"),
+        ("x", "y", "zz"),
+        ("", "q", "Q"),
+    ]
     rows = write_rows(
         tmp_path / "rows.jsonl",
         [{"q": question, "right": right, "wrong": wrong} for question, right, wrong in pairs],
@@ -205,22 +213,16 @@ def test_tasks_of_the_harness(evaluated: dict[str, Any], world: World, tmp_path:
             }
         )
     )
-    model = AutoModelForCausalLM.from_pretrained(evaluated["merged"]).eval()
-    tokenizer = byte_tokenizer()
-
-    def loglikelihood(question: str, answer: str) -> float:
-        # The harness adds no special tokens.
-        whole = torch.tensor([tokenizer(question + answer, add_special_tokens=False)["input_ids"]])
-        start = len(tokenizer(question, add_special_tokens=False)["input_ids"])
-        with torch.no_grad():
-            logs = model(whole).logits[0].log_softmax(-1)
-        return sum(float(logs[n - 1, whole[0, n]]) for n in range(start, whole.shape[1]))
-
-    right = [loglikelihood(q, a) > loglikelihood(q, b) for q, a, b in pairs]
+    expected = lm_eval.simple_evaluate(
+        model="hf",
+        model_args={"pretrained": str(evaluated["merged"]), "device": "cpu"},
+        tasks=[str(task)],
+        task_manager=TaskManager(include_defaults=False),
+    )["results"]["own_task"]["acc,none"]
     arguments = (evaluated["merged"], "--recipe", evaluated["recipe"], "--rows", ROWS, "--quiet")
     shown = succeed(obim_eval(*arguments, "--json", "--tasks", task, "--card")).stdout
     found = json.loads(shown)["tasks"][str(evaluated["merged"])]
-    assert found == {"own_task": {"acc,none": sum(right) / len(right)}}
+    assert found == {"own_task": {"acc,none": expected}}
     [index] = ModelCard.load(evaluated["merged"] / "README.md").data.to_dict()["model-index"]
     assert "own_task" in {result["dataset"]["type"] for result in index["results"]}
     message = refusal(obim_eval(*arguments, "--tasks", f"{task},{tmp_path / 'none.yaml'}"))

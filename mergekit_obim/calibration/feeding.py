@@ -28,12 +28,12 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         The logits, [sequences, tokens, vocabulary] of a language model, on whatever device they
         are computed on; None of a model without a head.
     """
-    with _full_precision():
+    with full_precision():
         return _feed(model, ids, images)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Makes torch compute in full float32 precision, and choose deterministic convolutions.
 
     Otherwise the environment would decide: some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,

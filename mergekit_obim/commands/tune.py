@@ -207,8 +207,8 @@ def evaluate(
 
     overrides = _overrides(options)
     running = run_options(document.content, options)
-    session = open_session(document, overrides, rows, running)
     with TemporaryDirectory(prefix="mergekit-obim-") as made:
+        session = open_session(document, overrides, rows, Path(made), running)
         found = measure(models, session, Path(made), running)
         for model in models if tasks else ():
             found.tasks[model] = run_tasks(

@@ -25,7 +25,7 @@ BASE = "the base"
 AVERAGE = "the even average"
 # What a recipe says of the statistics, not of the merge: every candidate whose method has such a
 # parameter keeps it.
-_KEPT = ("saliency", "criterion", "unscored", "statistics", "seed")
+_KEPT = ("saliency", "criterion", "unscored", "seed")
 
 
 class Trial(Protocol):
@@ -245,6 +245,8 @@ def _told_apart(entry: Entry, others: Iterable[Entry]) -> Entry:
     parts = [entry.method]
     if isinstance(how := entry.parameters.get("assignment"), str):
         parts.append(how)
+    if entry.parameters.get("statistics") == "none":
+        parts.append("without statistics")
     label = " ".join(parts)
     same = sum(other.label.partition(" #")[0] == label for other in others)
     return Entry(f"{label} #{same + 1}" if same else label, entry.method, entry.parameters)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mergekit.common import ModelReference
 from transformers import PreTrainedModel
 
 from mergekit_obim.calibration.data import TokenizedCalibration
-from mergekit_obim.calibration.loading import loaded
-from mergekit_obim.calibration.opening import read_calibration
+from mergekit_obim.calibration.loading import does_not_fit, loaded
+from mergekit_obim.calibration.memory import out_of_memory
+from mergekit_obim.calibration.opening import CalibrationReader, open_calibration
 from mergekit_obim.calibration.options import RunOptions
+from mergekit_obim.calibration.writing import cannot_write, write_rows
 from mergekit_obim.models.loaded import check_loaded
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.recipe.calibration import Calibration
@@ -24,6 +26,8 @@ from mergekit_obim.tuning.scoring import Score, Teacher, score, teach
 GUARD = "guard"
 # Of a distribution over a vocabulary; docs/tuning.md has what the rest amounts to.
 LIKELIEST = 256
+# Added to the seed of what an expert writes: rows of different seeds have nothing in common.
+_OTHER_ROWS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -55,9 +59,12 @@ def set_aside(
     base: ModelReference,
     models: Mapping[ModelReference, OpenModel],
     rows: int,
+    scratch: Path,
     options: RunOptions,
 ) -> list[Rows]:
     """Read rows for every expert that are not among those that its saliency is measured on.
+
+    An expert that writes its own rows is loaded, and writes further ones.
 
     Args:
         experts: The recipe's experts, with their calibration.
@@ -65,7 +72,8 @@ def set_aside(
         base: The recipe's base.
         models: The experts and the base, opened.
         rows: How many for each expert; for the base too, where ``guard`` says no ``samples``.
-        options: How models are read.
+        scratch: A folder for weights that are offloaded to the disk.
+        options: How models are read, and where they run.
 
     Raises:
         CalibrationError: Some rows cannot be read or used.
@@ -73,9 +81,9 @@ def set_aside(
     found = []
     for expert in experts:
         reference = ModelReference.model_validate(expert.reference)
-        config = models[reference].config
-        data = read_calibration(expert, [reference, base], config, options, further=rows)
-        found.append(Rows(expert, data))
+        reader = open_calibration(expert, [reference, base], models[reference], options)
+        own = _written(reader, models[reference], rows, scratch, options)
+        found.append(Rows(expert, reader.read(own, further=rows)))
     if guard is not None:
         share = math.ceil(rows / len(guard.sources))
         sources = tuple(
@@ -87,8 +95,34 @@ def set_aside(
         # No saliency is measured on them, so none have to be left out.
         calibration = guard.model_copy(update={"sources": sources})
         teacher = Expert(GUARD, calibration, base.model_dump())
-        found.append(Rows(teacher, read_calibration(teacher, [base], models[base].config, options)))
+        reader = open_calibration(teacher, [base], models[base], options)
+        own = _written(reader, models[base], rows, scratch, options)
+        found.append(Rows(teacher, reader.read(own)))
     return found
+
+
+def _written(
+    reader: CalibrationReader, model: OpenModel, rows: int, scratch: Path, options: RunOptions
+) -> list[list[int]]:
+    """Have an expert write rows that are not those that it wrote to be measured on."""
+    if reader.writing is None:
+        return []
+    expert = reader.expert
+    sources = expert.calibration.sources
+    share = rows * reader.writing.samples / sum(source.samples for source in sources)
+    writing = replace(
+        reader.writing, samples=math.ceil(share), seed=reader.writing.seed + _OTHER_ROWS
+    )
+    with loaded(
+        expert.model, model, expert.calibration.dtype, options, scratch / "offload"
+    ) as running:
+        try:
+            written = write_rows(running, writing, label=expert.model, quiet=options.quiet)
+        except Exception as error:
+            if out_of_memory(error):
+                raise does_not_fit(expert.model, options, "what it keeps does") from error
+            raise cannot_write(expert.model, error) from error
+    return [row.ids for row in written]
 
 
 def measured_on_others(
@@ -99,9 +133,10 @@ def measured_on_others(
     Then nobody can say whether the rows that were set aside are among them.
     """
     recorded = file.metadata.calibration.get("content_hash")
-    places = [rows.reference, base]
-    data = read_calibration(rows.expert, places, model.config, options)
-    return bool(recorded) and recorded != data.content_hash
+    reader = open_calibration(rows.expert, [rows.reference, base], model, options)
+    if not recorded or reader.writing:  # rows that an expert writes anew are other rows
+        return False
+    return bool(recorded != reader.read().content_hash)
 
 
 def ask_teachers(

@@ -19,7 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_obim import __version__
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.dry_run import plan, read_config, read_recipe
-from mergekit_obim.errors import ObimError, RecipeError, quoted
+from mergekit_obim.errors import ObimError, RecipeError, SaliencyFileError, quoted
 from mergekit_obim.methods.planning import registry
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.inspection import inspect_models, is_aligned, open_models
@@ -81,7 +81,11 @@ class Session:
 
 
 def open_session(
-    document: Document, overrides: Mapping[str, Any], rows: int, options: RunOptions
+    document: Document,
+    overrides: Mapping[str, Any],
+    rows: int,
+    scratch: Path,
+    options: RunOptions,
 ) -> Session:
     """Check a recipe, open its models, and set rows aside.
 
@@ -90,7 +94,8 @@ def open_session(
         overrides: Command-line options that replace settings of every calibration; None is not
             given.
         rows: How many rows to set aside for each expert.
-        options: How models are read.
+        scratch: A folder for weights that are offloaded to the disk.
+        options: How models are read, and where they run.
 
     Raises:
         ObimError: The recipe, a model or the data cannot be used; the message names all faults
@@ -113,7 +118,7 @@ def open_session(
     raise_errors(found)
     for fault in found:
         LOG.warning(str(fault))
-    read = set_aside(experts.measured, experts.guard, base, opened.models, rows, options)
+    read = set_aside(experts.measured, experts.guard, base, opened.models, rows, scratch, options)
     for one in read:
         for warning in one.data.warnings:
             LOG.warning("model %s: %s", one.label, warning)
@@ -176,15 +181,7 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
         ObimError: The recipe, a model, the data or the space cannot be used.
     """
     document = parse(text)[0]
-    session = open_session(document, settings.overrides or {}, settings.rows, options)
-    if is_aligned(session.config):
-        raise RecipeError(
-            "the recipe has mergekit align the models' vocabularies (tokenizer, tokenizer_source): "
-            "the merged model would number tokens otherwise than its experts, so they cannot be "
-            "compared yet; tune without that key, if the tokenizers are the same"
-        )
     methods = registry()
-    labels = [rows.label for rows in session.rows]
     # Called every second, and told once.
     waiting = cache(lambda: say(f"{output}: waits for another command that tunes it", quiet=False))
     trials_file = output.with_name(f"{output.name}.trials")
@@ -193,6 +190,16 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
         locked(output, waiting),
         scratch_folder(output.with_name(f".{output.name}.scratch")) as scratch,
     ):
+        overrides = settings.overrides or {}
+        session = open_session(document, overrides, settings.rows, scratch, options)
+        if is_aligned(session.config):
+            raise RecipeError(
+                "the recipe has mergekit align the models' vocabularies (tokenizer, "
+                "tokenizer_source): the merged model would number tokens otherwise than its "
+                "experts, so they cannot be compared yet; tune without that key, if the "
+                "tokenizers are the same"
+            )
+        labels = [rows.label for rows in session.rows]
         entries = _plannable(text, session, settings, methods, options)
         search = Search(
             trials_file,
@@ -215,7 +222,7 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
                 settings.kind, settings.worst_case, {one.label: one.loss for one in teachers}
             )
             base = session.models[session.base]
-            dtype = (settings.overrides or {}).get("dtype")
+            dtype = overrides.get("dtype")
             with merging(base, session.config, dtype, scratch, options) as merge:
 
                 def evaluate(candidate: Candidate) -> dict[str, Score]:
@@ -265,7 +272,9 @@ def _plannable(
     for entry in read_space(settings.space, methods, weights=settings.weights):
         candidate = entry.candidate(Defaults(), session.experts)
         try:
-            plan(_recipe_of(candidate, text, methods), merging, inspected=True)
+            planned = plan(_recipe_of(candidate, text, methods), merging, inspected=True)
+            if entry.method == "regmean":
+                _check_sketches(planned, session.base)
         except ObimError as error:
             # Of several faults the first, which comes after a line with their number.
             why = error.message.splitlines()[:2][-1].strip()
@@ -279,12 +288,27 @@ def _plannable(
     return entries
 
 
+def _check_sketches(planned: Sequence[tuple[Any, Any]], base: ModelReference) -> None:
+    """Refuse to try full RegMean where it would be the diagonal one, for lack of sketches.
+
+    Raises:
+        SaliencyFileError: None of the files that it is to read has any.
+    """
+    files = [file for _, file in _saliency_files(planned, base)]
+    if files and not any(file.metadata.gram for file in files):
+        raise SaliencyFileError(
+            f"{files[0].path} has no sketch of any layer's Gram matrix: measure with --sketch 16"
+        )
+
+
 def _saliency_files(
     planned: Sequence[tuple[Any, Any]], base: ModelReference
 ) -> Iterator[tuple[ModelReference, SaliencyFile]]:
     """Yield each expert's saliency file, as far as a planned merge reads them."""
     seen = set()
     for _, task in planned:
+        if dict(task.parameters.items()).get("statistics") == "none":
+            continue
         for model, given in task.input_parameters.items():
             parameters = dict(given.items())
             if model == base or parameters.get("criterion") != "saliency" or model in seen:
@@ -328,7 +352,7 @@ def _decisive(
         ],
         "objective": [settings.kind, settings.worst_case],
         "seed": settings.seed,
-        "overrides": dict(settings.overrides or {}),
+        "overrides": {k: v for k, v in (settings.overrides or {}).items() if k != "batch_size"},
         "likeliest": LIKELIEST,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
