@@ -184,7 +184,7 @@ def test_a_card_needs_a_folder(evaluated: dict[str, Any]) -> None:
 
 @pytest.mark.slow
 def test_tasks_of_the_harness(evaluated: dict[str, Any], world: World, tmp_path: Path) -> None:
-    """A task of our own, without the network: the figures are those of the harness's own command."""
+    """A task of our own, without the network: the figure is that of the harness's own command."""
     pairs = [
         ("1 + 1 =", "2", "x"),
         ("math", "0", "z"),
@@ -226,7 +226,7 @@ def test_tasks_of_the_harness(evaluated: dict[str, Any], world: World, tmp_path:
     [index] = ModelCard.load(evaluated["merged"] / "README.md").data.to_dict()["model-index"]
     assert "own_task" in {result["dataset"]["type"] for result in index["results"]}
     message = refusal(obim_eval(*arguments, "--tasks", f"{task},{tmp_path / 'none.yaml'}"))
-    says(message, "--tasks", "none.yaml")
+    says(message, "--tasks", "none.yaml", "no such file")
 
 
 def test_without_the_harness(evaluated: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -199,21 +199,24 @@ def evaluate(
     if card and folders:
         raise RecipeError(f"--card: {folders[0]} is no folder here, so its card cannot be written")
 
-    from mergekit_obim.tuning.benchmarks import run_tasks
+    from mergekit_obim.tuning.benchmarks import check_tasks, run_tasks
     from mergekit_obim.tuning.card import write_results
     from mergekit_obim.tuning.evaluation import evaluate as measure
     from mergekit_obim.tuning.evaluation import tables
     from mergekit_obim.tuning.run import open_session
 
+    wanted = [task.strip() for task in tasks.split(",")] if tasks else []
+    if wanted:
+        check_tasks(wanted)
     overrides = _overrides(options)
     running = run_options(document.content, options)
     with TemporaryDirectory(prefix="mergekit-obim-") as made:
         session = open_session(document, overrides, rows, Path(made), running)
         found = measure(models, session, Path(made), running)
-        for model in models if tasks else ():
+        for model in models if wanted else ():
             found.tasks[model] = run_tasks(
                 model,
-                [task.strip() for task in (tasks or "").split(",")],
+                wanted,
                 Path(made),
                 running,
                 dtype=overrides["dtype"],

@@ -16,6 +16,24 @@ from mergekit_obim.models.opened import open_model
 from mergekit_obim.tuning.scoring import BatchSize
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Refuse tasks that cannot be run, before the work begins.
+
+    Raises:
+        RecipeError: The harness is not installed, or there is no file of that name.
+    """
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as error:
+        raise RecipeError(
+            f"--tasks needs lm-evaluation-harness ({one_line(error)}): pip install "
+            "'mergekit-obim[eval]'"
+        ) from error
+    for task in tasks:
+        if task.endswith((".yaml", ".yml")) and not Path(task).is_file():
+            raise RecipeError(f"--tasks {task}: there is no such file")
+
+
 def run_tasks(
     reference: str,
     tasks: Sequence[str],
@@ -39,17 +57,12 @@ def run_tasks(
         Task -> metric, such as ``acc,none`` -> its value.
 
     Raises:
-        ObimError: The harness is not installed, or a task or the model cannot be run.
+        ObimError: A task or the model cannot be run.
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RecipeError(
-            f"--tasks needs lm-evaluation-harness ({one_line(error)}): pip install "
-            "'mergekit-obim[eval]'"
-        ) from error
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     opened = open_model(ModelReference.parse(reference), options)
     with loaded(reference, opened, dtype, options, scratch / "offload") as model:
         try:
