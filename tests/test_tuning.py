@@ -356,7 +356,7 @@ def test_models_that_are_stored_in_another_way(name: str, tmp_path: Path) -> Non
 
 
 def test_offloaded_models_are_merged_to_disk(family: dict[str, Any], tmp_path: Path) -> None:
-    options = replace(OPTIONS, device_map="auto", max_memory={"cpu": "1GiB"})
+    options = replace(OPTIONS, device_map="auto", max_memory={"cpu": "30KiB"})
     lesson = scoring.teach(
         AutoModelForCausalLM.from_pretrained(family["models"][0]["model"]).eval(),
         sequences("1 + 1 = 2"),
@@ -547,7 +547,9 @@ def test_methods_that_cannot_be_planned_are_left_out(
     out = tmp_path / "tuned.yml"
     shown = succeed(obim_tune(write_recipe(tmp_path, recipe), "-o", out, *FAST, "--trials", 4))
     assert tuned(out)["merge_method"] == "task_arithmetic"
-    assert "left out of the search: regmean_diag, regmean, obim nearest" in caplog.text
+    assert (
+        "left out of the search: regmean_diag, regmean, obim (assignment: nearest)" in caplog.text
+    )
     own = space(tmp_path, {"merge_method": "regmean_diag"})
     message = refusal(
         obim_tune(tmp_path / "recipe.yml", "-o", out, "--overwrite", "--space", own, *FAST)

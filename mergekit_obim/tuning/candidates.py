@@ -81,7 +81,7 @@ class Candidate:
         told = [
             f"{name} {_shown(value)}"
             for name, value in self.shared.items()
-            if name != "assignment" or value not in self.label.split()
+            if f"{name}: {value}" not in self.label
         ]
         for name in dict.fromkeys(key for values in self.own.values() for key in values):
             values = [_shown(settings[name]) for settings in self.own.values()]
@@ -241,13 +241,9 @@ def read_space(path: Path, methods: Mapping[str, Method], *, weights: bool) -> l
 
 
 def _told_apart(entry: Entry, others: Iterable[Entry]) -> Entry:
-    """Return an entry under a name that no other has: its method, and how that assigns."""
-    parts = [entry.method]
-    if isinstance(how := entry.parameters.get("assignment"), str):
-        parts.append(how)
-    if entry.parameters.get("statistics") == "none":
-        parts.append("without statistics")
-    label = " ".join(parts)
+    """Return an entry under a name that no other has: its method, and what it says in words."""
+    words = [f"{name}: {value}" for name, value in entry.parameters.items() if type(value) is str]
+    label = entry.method + (f" ({', '.join(words)})" if words else "")
     same = sum(other.label.partition(" #")[0] == label for other in others)
     return Entry(f"{label} #{same + 1}" if same else label, entry.method, entry.parameters)
 

@@ -65,15 +65,12 @@ def merging(
     """
     names = [info.name for info, _ in plan(recipe, merge_options(options), inspected=True)]
     runs_in = dtype or recipe.out_dtype or recipe.dtype
-    in_memory = False
-    if not options.device_map:
-        with loaded("the base", base, runs_in, options, scratch / "offload") as shell:
-            places = _places(shell, names)
-            if places is not None:
-                in_memory = True
-                yield partial(_merged_in_memory, shell, places, options)
-    if not in_memory:
-        yield partial(_merged_on_disk, dtype, scratch, options)
+    with loaded("the base", base, runs_in, options, scratch / "offload") as shell:
+        places = _places(shell, names)
+        if places is not None:
+            yield partial(_merged_in_memory, shell, places, options)
+            return
+    yield partial(_merged_on_disk, dtype, scratch, options)
 
 
 def merge_options(options: RunOptions) -> MergeOptions:
@@ -91,6 +88,8 @@ def merge_options(options: RunOptions) -> MergeOptions:
 
 def _places(model: PreTrainedModel, names: Collection[str]) -> dict[str, Tensor] | None:
     """Return where each merged tensor goes in a model; None if it is not that simple."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return None  # offloaded
     sources = sources_of(model, names)
     first = first_names(model)
     filled = [first[name] for name in sources.renamed if name in first]
@@ -111,7 +110,8 @@ def _merged_in_memory(
 ) -> Iterator[PreTrainedModel]:
     planned = plan(recipe, merge_options(options), inspected=True)
     outputs = {task: info for info, task in planned}
-    executor = Executor(list(outputs), math_device=torch.device(options.device))
+    device = merge_options(options).device
+    executor = Executor(list(outputs), math_device=torch.device(device or "cpu"))
     with torch.no_grad():
         for task, tensor in executor.run(quiet=True):
             info = outputs[task]

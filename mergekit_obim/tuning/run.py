@@ -186,7 +186,6 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
     waiting = cache(lambda: say(f"{output}: waits for another command that tunes it", quiet=False))
     trials_file = output.with_name(f"{output.name}.trials")
     with (
-        _each_warning_once(),
         locked(output, waiting),
         scratch_folder(output.with_name(f".{output.name}.scratch")) as scratch,
     ):
@@ -239,7 +238,8 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
                         ) from error
                     return dict(zip(labels, scores, strict=True))
 
-                search.run(trials, evaluate, objective, quiet=options.quiet)
+                with _no_warnings():
+                    search.run(trials, evaluate, objective, quiet=options.quiet)
         tried = best_first(search.tried)
     best = tried[0]
     head = "\n".join(f"# {line}".rstrip() for line in _summary(tried, labels, settings))
@@ -272,7 +272,8 @@ def _plannable(
     for entry in read_space(settings.space, methods, weights=settings.weights):
         candidate = entry.candidate(Defaults(), session.experts)
         try:
-            planned = plan(_recipe_of(candidate, text, methods), merging, inspected=True)
+            with _no_warnings():
+                planned = plan(_recipe_of(candidate, text, methods), merging, inspected=True)
             if entry.method == "regmean":
                 _check_sketches(planned, session.base)
         except ObimError as error:
@@ -383,18 +384,14 @@ def described(settings: Settings) -> str:
 
 
 @contextmanager
-def _each_warning_once() -> Iterator[None]:
-    """Keep a warning that every candidate would give from being repeated."""
-    seen = set()
+def _no_warnings() -> Iterator[None]:
+    """Keep what the recipe's own plan has warned of from being repeated by every candidate's."""
 
-    def is_new(record: logging.LogRecord) -> bool:
-        message = record.getMessage()
-        known = message in seen
-        seen.add(message)
-        return not known
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
 
-    LOG.addFilter(is_new)
+    LOG.addFilter(is_error)
     try:
         yield
     finally:
-        LOG.removeFilter(is_new)
+        LOG.removeFilter(is_error)
