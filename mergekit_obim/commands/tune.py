@@ -91,7 +91,7 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     "--trials",
     type=click.IntRange(min=1),
     default=32,
-    help="Merges to try, those that are always tried included  [default: 32]",
+    help="Merges to try, the base, the average and RECIPE itself included  [default: 32]",
 )
 @click.option("--space", type=FILE, help="What to try, in a file like the default one")
 @click.option("--weights", is_flag=True, help="Also give each expert a weight of its own")
@@ -141,7 +141,8 @@ def tune(recipe: Path, output: Path, overwrite: bool, **options: Any) -> None:
 
 def _table(tuned: Tuned, settings: Settings) -> Iterator[str]:
     """Yield the lines of a table of what was tried, the best first."""
-    names = [label.rstrip("/").rpartition("/")[2] or label for label in tuned.labels]
+    names = [label.rstrip("/").rpartition("/")[2] for label in tuned.labels]
+    names = names if len(set(names)) == len(names) else tuned.labels
     head = ["", *names, "merge"]
     rows = [
         [

@@ -22,6 +22,7 @@ import torch
 from mergekit.common import ModelPath, ModelReference, dtype_from_name
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
+from mergekit.io.tasks import LoaderCache
 from mergekit.merge import run_merge
 from mergekit.options import MergeOptions
 from torch import Tensor
@@ -125,6 +126,7 @@ def _merged_in_memory(
                 )
             dtype = dtype_from_name(info.force_dtype or recipe.out_dtype)
             place.copy_(tensor if dtype is None else tensor.to(dtype))
+    LoaderCache().flush_all()  # mergekit's own methods keep every file that they read mapped
     yield model
 
 

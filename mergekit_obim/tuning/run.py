@@ -132,7 +132,7 @@ class Settings:
     Attributes:
         kind: What is measured: ``kl`` or ``loss``.
         worst_case: Whether the worst teacher counts, and not their mean.
-        trials: How many candidates are tried.
+        trials: How many candidates are tried; those that always are come first.
         rows: How many rows are set aside for each expert.
         space: The file that says what is tried.
         weights: Whether every expert gets a weight of its own.
@@ -200,16 +200,17 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
             )
         labels = [rows.label for rows in session.rows]
         entries = _plannable(text, session, settings, methods, options)
+        always = first_candidates(len(session.experts))
         search = Search(
             trials_file,
             _decisive(document, session, entries, settings, options),
-            first_candidates(len(session.experts)),
+            always,
             entries,
             session.experts,
             settings.seed,
         )
         done = len(search.tried)
-        trials = max(settings.trials, len(search.first))
+        trials = max(settings.trials, len(always))
         if done:
             say(f"Goes on after {done} merges of a run before ({trials_file})", quiet=options.quiet)
         elif search.others:
