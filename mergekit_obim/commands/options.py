@@ -18,10 +18,6 @@ if TYPE_CHECKING:
 
     from mergekit_obim.calibration.options import RunOptions
 
-    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
-else:
-    ParamType = click.ParamType
-
 F = TypeVar("F", bound=Callable[..., Any])
 
 FILE = click.Path(exists=True, dir_okay=False, path_type=Path)
@@ -31,40 +27,24 @@ NEW_FOLDER = click.Path(file_okay=False, path_type=Path)
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
-class BatchSize(ParamType):
-    """A positive number, or ``auto``."""
-
-    name = "integer|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value if value == "auto" else int(value)
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
+def batch_size(value: str) -> int | str:
+    """Read a positive number, or ``auto``."""
+    if value == "auto":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a positive number nor 'auto'")
 
 
-class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
-
-    name = "device=size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, int | str]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(
-                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
-            )
-        device, size = found.groups()
-        return int(device) if device.isdecimal() else device, (
-            int(size) if size.isdecimal() else size
+def device_memory(value: str) -> tuple[int | str, int | str]:
+    """Read ``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
+    found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", value, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(
+            f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB"
         )
+    device, size = (int(part) if part.isdecimal() else part for part in found.groups())
+    return device, size
 
 
 _SHARED = (
@@ -89,7 +69,11 @@ _HARDWARE = (
         "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
     ),
     click.option(
-        "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
+        "--max-memory",
+        type=device_memory,
+        metavar="DEVICE=SIZE",
+        multiple=True,
+        help="With --device-map; repeatable",
     ),
 )
 # Titles in the help. A command's own groups come first, and share a title where it is the same.

@@ -17,15 +17,15 @@ from mergekit_obim.commands.options import (
     DTYPES,
     FILE,
     NEW_FILE,
-    BatchSize,
     GroupedHelp,
+    batch_size,
     check_hardware,
     hardware_options,
     run_options,
     shared_options,
     start_logging,
 )
-from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
+from mergekit_obim.errors import CheckpointError, RecipeError, told_as
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -69,7 +69,8 @@ class TwoUsages(GroupedHelp):
 )
 @click.option(
     "--batch-size",
-    type=BatchSize(),
+    type=batch_size,
+    metavar="INTEGER|AUTO",
     help="Sequences per forward pass; changes the speed only  [default: auto]",
 )
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
@@ -236,10 +237,8 @@ def _measure(
     raise_errors(faults)
     for fault in warnings_of(faults) if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)
-    try:
+    with told_as(RecipeError, f"{out_dir}: cannot be written to", OSError):
         out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
 
     jobs: list[tuple[Prepared, RunOptions]] = []
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
@@ -280,12 +279,8 @@ def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
 
     from mergekit_obim.saliency.combine import combine
 
-    try:
+    with told_as(RecipeError, f"{output}: cannot be written", OSError):
         file = combine(paths, output)
-    except ObimError:
-        raise  # some of which are OSErrors too
-    except OSError as error:
-        raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
     click.echo(
         f"{output}: {len(file.shapes)} tensors of "
         + ", ".join(
@@ -311,24 +306,20 @@ def _inspected(
     """
     from mergekit.common import ModelReference
 
-    from mergekit_obim.models.inspection import (
-        inspect_absent,
-        inspect_models,
-        is_aligned,
-        open_models,
-    )
+    from mergekit_obim.models import inspection
     from mergekit_obim.recipe.faults import raise_errors
 
-    opened = open_models([base] if base else [], options)
+    opened = inspection.open_models([base] if base else [], options)
     # What is to be measured is downloaded, and its adapter merged, if need be.
     wanted = [ModelReference.model_validate(expert.reference) for expert in experts]
-    fetched = open_models(wanted, options, fetch=True)
+    fetched = inspection.open_models(wanted, options, fetch=True)
     opened.models |= fetched.models
     found = [*opened.faults, *fetched.faults]
-    found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
+    aligned = inspection.is_aligned(merge)
+    found += inspection.inspect_models(opened.models, base, options, aligned=aligned, merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it
-            found += inspect_absent(base, options)
+            found += inspection.inspect_absent(base, options)
     raise_errors(found)
     for fault in found if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)

@@ -15,8 +15,8 @@ from mergekit_obim.commands.options import (
     DTYPES,
     FILE,
     NEW_FILE,
-    BatchSize,
     GroupedHelp,
+    batch_size,
     check_hardware,
     hardware_options,
     run_options,
@@ -51,7 +51,8 @@ def pass_options(command: F) -> F:
         ),
         click.option(
             "--batch-size",
-            type=BatchSize(),
+            type=batch_size,
+            metavar="INTEGER|AUTO",
             help="Sequences per forward pass  [default: auto]",
         ),
     ):

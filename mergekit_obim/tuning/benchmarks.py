@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from mergekit_obim.calibration.loading import loaded
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.errors import RecipeError, one_line, quoted
+from mergekit_obim.errors import RecipeError, one_line, told_as
 from mergekit_obim.models.opened import open_model
 from mergekit_obim.tuning.scoring import BatchSize
 
@@ -64,24 +64,23 @@ def run_tasks(
     from lm_eval.tasks import TaskManager
 
     opened = open_model(ModelReference.parse(reference), options)
-    with loaded(reference, opened, dtype, options, scratch / "offload") as model:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(
-                opened.folder, trust_remote_code=options.trust_remote_code
-            )
-            found = lm_eval.simple_evaluate(
-                HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1),
-                tasks=list(tasks),
-                log_samples=False,
-                # To find the tasks by name that come with the harness takes it many seconds.
-                task_manager=TaskManager(
-                    include_defaults=not all(Path(task).is_file() for task in tasks)
-                ),
-            )
-        except Exception as error:  # tasks, data sets and metrics raise many kinds
-            raise RecipeError(
-                f"model {reference}: --tasks {','.join(tasks)}: {quoted(error)}"
-            ) from error
+    with (
+        loaded(reference, opened, dtype, options, scratch / "offload") as model,
+        # Tasks, data sets and metrics raise many kinds.
+        told_as(RecipeError, f"model {reference}: --tasks {','.join(tasks)}"),
+    ):
+        tokenizer = AutoTokenizer.from_pretrained(
+            opened.folder, trust_remote_code=options.trust_remote_code
+        )
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size or 1),
+            tasks=list(tasks),
+            log_samples=False,
+            # To find the tasks by name that come with the harness takes it many seconds.
+            task_manager=TaskManager(
+                include_defaults=not all(Path(task).is_file() for task in tasks)
+            ),
+        )
     return {task: _numbers(metrics) for task, metrics in (found or {})["results"].items()}
 
 

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.recipe import Method, Part
 from mergekit_obim.recipe.document import parse
 from mergekit_obim.recipe.edit import NoSuchPlaceError, added, removed, replaced
@@ -217,10 +217,8 @@ def read_space(path: Path, methods: Mapping[str, Method], *, weights: bool) -> l
     Raises:
         RecipeError: The file is not YAML, or an entry is wrong.
     """
-    try:
+    with told_as(RecipeError, f"{path}: not YAML", (yaml.YAMLError, UnicodeDecodeError)):
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not YAML: {one_line(error)}") from error
     if not (isinstance(found, list) and found and all(isinstance(one, dict) for one in found)):
         raise RecipeError(
             f"{path}: should be a list of entries, each with merge_method and parameters"

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.saliency.file import write_text
 from mergekit_obim.tuning.evaluation import Evaluation
 
@@ -35,15 +34,9 @@ def write_results(folder: Path, found: Evaluation, name: str) -> Path:
         RecipeError: The card cannot be read or written.
     """
     path = folder / "README.md"
-    try:
-        # Results of others are kept, and incomplete ones are no reason to stop.
-        card = (
-            ModelCard.load(path, ignore_metadata_errors=True)
-            if path.exists()
-            else ModelCard(f"---\n{ModelCardData()}\n---\n\n# {folder.resolve().name}\n")
-        )
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
+    title = f"# {folder.resolve().name}\n"
+    with told_as(RecipeError, f"{path}: cannot be read"):
+        card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n---\n\n{title}")
     data = card.data
     assert isinstance(data, ModelCardData)
     kept = [one for one in data.eval_results or [] if one.source_name != _SOURCE]

@@ -19,7 +19,7 @@ from mergekit.config import MergeConfiguration
 from mergekit_obim import __version__
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.dry_run import plan, read_config, read_recipe
-from mergekit_obim.errors import ObimError, RecipeError, SaliencyFileError, quoted
+from mergekit_obim.errors import ObimError, RecipeError, SaliencyFileError, told_as
 from mergekit_obim.methods.planning import registry
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.inspection import inspect_models, is_aligned, open_models
@@ -227,16 +227,10 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
 
                 def evaluate(candidate: Candidate) -> dict[str, Score]:
                     recipe = _recipe_of(candidate, text, methods)
-                    try:
-                        with merge(recipe) as model:
-                            scores = score_all(model, candidate.label, session.rows, teachers)
-                    except ObimError:
-                        raise
-                    except Exception as error:  # mergekit's own methods raise many kinds
-                        raise RecipeError(
-                            f"{candidate.label} ({candidate.settings()}): cannot be merged: "
-                            f"{quoted(error)}"
-                        ) from error
+                    what = f"{candidate.label} ({candidate.settings()}): cannot be merged"
+                    # mergekit's own methods raise many kinds.
+                    with told_as(RecipeError, what), merge(recipe) as model:
+                        scores = score_all(model, candidate.label, session.rows, teachers)
                     return dict(zip(labels, scores, strict=True))
 
                 with _no_warnings():

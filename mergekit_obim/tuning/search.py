@@ -24,7 +24,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from tqdm import tqdm
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.tuning.candidates import Candidate, Defaults, Entry
 from mergekit_obim.tuning.scoring import Score
 
@@ -120,16 +120,12 @@ class Search:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         name = hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()[:16]
-        try:
+        what = f"{path}: holds no trials that could be gone on from; remove it to start over"
+        with told_as(RecipeError, what):
             path.parent.mkdir(parents=True, exist_ok=True)
             storage = JournalStorage(JournalFileBackend(str(path)))
             self.others = len(set(optuna.get_all_study_names(storage)) - {name})
             self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        except (OSError, ValueError, KeyError) as error:
-            raise RecipeError(
-                f"{path}: the trials of a run before cannot be read or written here: "
-                f"{one_line(error)}; remove the file to start over"
-            ) from error
         self._entries = {entry.label: entry for entry in entries}
         self._experts, self._seed = list(experts), seed
         defaults = [entry.candidate(Defaults(), experts) for entry in entries]
