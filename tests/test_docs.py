@@ -305,6 +305,7 @@ METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 PARAMETERS = RECIPES.partition("\n### ")[0]
 CALIBRATION = RECIPES.partition("\n## Calibration\n")[2]
+TUNING = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs/saliency_format.md").read_text(encoding="utf-8")
 
 
@@ -347,6 +348,12 @@ def test_the_recipes_page_has_every_calibration_key_as_it_is() -> None:
 def test_the_recipes_page_has_every_option() -> None:
     for option in OPTIONS["obim-saliency"] - {"config", "out_dir", "more", "--version", "--help"}:
         assert f"`{option}`" in RECIPES, option
+
+
+def test_the_tuning_page_has_every_option_of_its_own() -> None:
+    for command in ("obim-tune", "obim-eval"):
+        for option in OPTIONS[command] - OPTIONS["obim-card"]:
+            assert not option.startswith("-") or f"`{option}" in TUNING, option
 
 
 def test_the_format_page_has_every_metadata_key() -> None:

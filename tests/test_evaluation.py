@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,20 @@ def test_results_in_the_card(evaluated: dict[str, Any], world: World) -> None:
     [index] = ModelCard.load(merged / "README.md").data.to_dict()["model-index"]
     assert len(index["results"]) == 4
     assert index["results"][0]["dataset"]["name"] == "theirs"
+
+
+def test_a_card_that_is_missing_is_made(
+    evaluated: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    expert = tmp_path / "expert"
+    shutil.copytree(world.math, expert)
+    assert not (expert / "README.md").exists()
+    succeed(obim_eval(expert, "--recipe", evaluated["recipe"], "--rows", 2, "--quiet", "--card"))
+    card = ModelCard.load(expert / "README.md")
+    assert card.text.strip() == "# expert"
+    [index] = card.data.to_dict()["model-index"]
+    assert index["name"] == "expert"
+    assert index["results"]
 
 
 def test_a_card_needs_a_folder(evaluated: dict[str, Any]) -> None:

@@ -577,6 +577,13 @@ def test_what_cannot_be_tuned_is_told(
     assert not (tmp_path / "tuned.yml").exists()
 
 
+def test_a_file_that_holds_no_trials(family: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "tuned.yml.trials").write_text("this is no journal\n")
+    recipe = write_recipe(tmp_path, family)
+    message = refusal(obim_tune(recipe, "-o", tmp_path / "tuned.yml", *FAST))
+    says(message, tmp_path / "tuned.yml.trials", "remove it to start over")
+
+
 def test_the_recipe_is_not_written_over(family: dict[str, Any], tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path, family)
     says(refusal(obim_tune(recipe, "-o", recipe, "--overwrite")), "is the recipe itself")

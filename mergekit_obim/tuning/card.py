@@ -34,9 +34,9 @@ def write_results(folder: Path, found: Evaluation, name: str) -> Path:
         RecipeError: The card cannot be read or written.
     """
     path = folder / "README.md"
-    title = f"# {folder.resolve().name}\n"
+    new = f"---\nlibrary_name: transformers\n---\n\n# {folder.resolve().name}\n"
     with told_as(RecipeError, f"{path}: cannot be read"):
-        card = ModelCard.load(path) if path.exists() else ModelCard(f"---\n---\n\n{title}")
+        card = ModelCard.load(path) if path.exists() else ModelCard(new)
     data = card.data
     assert isinstance(data, ModelCardData)
     kept = [one for one in data.eval_results or [] if one.source_name != _SOURCE]
