@@ -104,6 +104,16 @@ SCALES = {
         windows=256,
         questions=500,
     ),
+    "tiny": Scale(  # 1.1M parameters, minutes on one core: the demo's models
+        size=Size(),
+        train_chars=300_000,
+        base=Training(steps=400, learning_rate=2e-3, final_rate=1.0),
+        expert=Training(steps=120, learning_rate=1e-4, seed=1),
+        continued=Training(steps=100, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,
+        windows=48,
+        questions=50,
+    ),
     "smoke": Scale(
         size=Size(hidden=32, layers=2, heads=2, intermediate=64),
         train_chars=10_000,
@@ -323,6 +333,8 @@ class Lab:
         }  # fmt: skip
         if merge.needs_saliency() and "saliency" not in merge.shared:
             for model, expert in zip(models, merge.experts, strict=True):
+                if "saliency" in model["parameters"]:
+                    continue
                 files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)
                 if not any(files.glob("*.safetensors")):  # an interrupted pre-pass leaves none
@@ -339,11 +351,13 @@ class Lab:
         way = (self.model_key(expert), expert, calibration, self.scale.samples)
         return self.folder / "saliency" / digest(*way)
 
-    def saliency(self, task: str) -> Path:
-        """The saliency file of a task's expert, by the pre-pass."""
-        folder = self._saliency_folder(task, self.data(task))
+    def saliency(self, task: str, **more: Any) -> Path:
+        """The saliency file of a task's expert, by the pre-pass; with more calibration keys."""
+        calibration: Any = {"data": self.data(task), **more} if more else self.data(task)
+        folder = self._saliency_folder(task, calibration)
         if not any(folder.glob("*.safetensors")):
-            self.score(Merge("regmean_diag", experts=(task,)))
+            own = {task: calibration} if more else {}
+            self.score(Merge("regmean_diag", experts=(task,), calibration=own))
         return next(folder.glob("*.safetensors"))
 
     def _save(self) -> None:

@@ -178,3 +178,28 @@ def stored_layers(
         return stack(whole)
 
     return lambda index: Gram(diagonals[index], full=lambda: matrices()[index])
+
+
+def known_inputs(
+    model: Hashable, parameters: Mapping[str, Any], h: torch.Tensor, shape: torch.Size
+) -> tuple[int, Layers, str] | None:
+    """Return what an expert's saliency file knows of a weight's inputs beside h.
+
+    Args:
+        model: The expert's reference.
+        parameters: The task's planned parameters.
+        h: The weight's entry.
+        shape: The weight's.
+
+    Returns:
+        The axis of the weight's input features, what is known of each layer's inputs, and
+        whether that is a ``sketch`` of the Gram matrix or the ``gram`` matrix itself; None if it
+        is h alone.
+    """
+    file = saliency_of(model, parameters["saliency"][model])
+    name, gram = parameters["tensor_name"][model], file.metadata.gram
+    axis = input_axis(tuple(h.shape), tuple(shape))
+    if gram is None or name not in gram.inputs or axis is None:
+        return None
+    sketched = gram.columns != "full" and gram.columns < shape[axis]
+    return axis, stored_layers(file, name, h, shape, axis), "sketch" if sketched else "gram"

@@ -18,13 +18,16 @@ from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
 from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.methods.regmean import SHRINK
 from mergekit_obim.report.gather import (
     Account,
     calibration_of,
     gather,
     planned_experts,
+    reported,
     stretches_of,
 )
+from mergekit_obim.report.summary import summarize
 from mergekit_obim.saliency.file import write_text
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
@@ -42,7 +45,8 @@ def write_section(
         config: The recipe that the model was made from.
         source: The recipe's text, for a card that has to be made first.
         options: mergekit's options, which say how models are read.
-        shares: Whether to count each expert's weights, which takes about as long as the merge.
+        shares: Whether to count each expert's weights, or to predict its error where no weight
+            has a single owner; takes about as long as the merge.
 
     Returns:
         The card's path.
@@ -109,7 +113,7 @@ def _section(
             "to add to the card"
         )
     account = None
-    if shares and config.merge_method == "obim":
+    if shares and config.merge_method in reported():
         account = gather(config, options, merged=folder, curve=False)
         if account.differing:
             first, more = account.differing[0], len(account.differing) - 1
@@ -127,7 +131,7 @@ def _section(
         "## How the experts were merged",
         "",
         f"Merged with {method_md(config.merge_method)}, by mergekit-obim {__version__}"
-        + _settings(config.parameters or {}),
+        + _settings(config),
         *(f"Measured for this merge: {one}." for one in stretch),
         "",
         *_table(experts, calibration, account),
@@ -136,7 +140,13 @@ def _section(
     return "\n".join(lines), calibration
 
 
-def _settings(parameters: Mapping[str, Any]) -> str:
+def _settings(config: MergeConfiguration) -> str:
+    parameters = dict(config.parameters or {})
+    if config.merge_method == "regmean":
+        # What it says of a merge depends on these, so a card has them where a recipe has not.
+        parameters = {"statistics": "measured", "stretch": 1.0, **parameters}
+        if isinstance(parameters["statistics"], str):  # and not a list of filters
+            parameters.setdefault("shrink", SHRINK[parameters["statistics"]])
     told = [f"`{name}: {value}`" for name, value in parameters.items() if name != "saliency"]
     return (", with " + ", ".join(told) if told else "") + "."
 
@@ -144,17 +154,35 @@ def _settings(parameters: Mapping[str, Any]) -> str:
 def _table(
     experts: Sequence[str], calibration: Mapping[str, Mapping[str, Any]], account: Account | None
 ) -> list[str]:
-    files = [calibration.get(expert) for expert in experts]
-    models = [maybe_link_hf(expert) if _is_hub_name(expert) else expert for expert in experts]
-    columns = {"Model": models}
-    if account:
+    columns: dict[str, list[str]] = {"Model": [_linked(expert) for expert in experts]}
+    if account and account.owners:
         owned = account.total().owned
-        models.append("the base")
-        columns["Share of the weights"] = [f"{share:.2%}" for share in owned / owned.sum()]
+        columns["Model"].append("the base")
+        columns["Share of the weights"] = [f"{count / owned.sum():.2%}" for count in owned]
+    elif account:
+        found = summarize(account)
+        columns["Predicted error"] = [
+            "" if one["error"] is None else f"{one['error']:.1%} (by {word})"
+            for one, word in zip(found["experts_total"], found["error_from"], strict=True)
+        ]
+    files = [calibration.get(expert) for expert in experts]
     columns["Saliency measured on"] = [measured_on(file, "`") for file in files]
-    columns["Saliency file"] = [f"`{Path(f['file']).name}`" if f else "none" for f in files]
+    columns["Saliency file"] = [_file(file) for file in files]
     rows = zip_longest(*columns.values(), fillvalue="")
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return [f"| {' | '.join(row)} |" for row in [[*columns], ["---"] * len(columns), *rows]]
+
+
+def _linked(expert: str) -> str:
+    return str(maybe_link_hf(expert)) if _is_hub_name(expert) else expert
+
+
+def _file(file: Mapping[str, Any] | None) -> str:
+    """Return the name of a saliency file, and what it has beside h."""
+    if file is None:
+        return "none"
+    known = {None: "", "full": ", Gram matrices"}
+    more = known.get(file["gram"], f", sketches of {file['gram']} columns")
+    return f"`{Path(file['file']).name}`{more}"
 
 
 def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
@@ -174,15 +202,17 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
 
 
 def _notes(account: Account) -> list[str]:
-    """Return a line for each other way in which tensors were ranked, and how many they are."""
+    """Return a line for each other treatment of tensors, and how many they are."""
     counts = Counter(
-        kind or "nothing"
-        for tensor in account.tensors
-        for kind in dict.fromkeys(tensor.ranked)
-        if kind != "saliency"
+        how for tensor in account.tensors for how in dict.fromkeys(tensor.treatments) if how
     )
     lines = []
-    for kind, count in counts.items():
-        how = "left at the base's values" if kind == "nothing" else f"ranked by {kind}"
+    if not account.owners:
+        lines = [
+            "",
+            "Errors are those of the layers' outputs on the expert's calibration data: 0% is the "
+            "expert itself, 100% the base.",
+        ]
+    for how, count in counts.items():
         lines += ["", f"Without saliency, {count} tensors were {how}, for one or more experts."]
     return lines
