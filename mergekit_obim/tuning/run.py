@@ -181,7 +181,6 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
         ObimError: The recipe, a model, the data or the space cannot be used.
     """
     document = parse(text)[0]
-    methods = registry()
     # Called every second, and told once.
     waiting = cache(lambda: say(f"{output}: waits for another command that tunes it", quiet=False))
     trials_file = output.with_name(f"{output.name}.trials")
@@ -198,6 +197,7 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
                 "experts, so they cannot be compared yet; tune without that key, if the "
                 "tokenizers are the same"
             )
+        methods = registry()  # which reading the recipe has filled
         labels = [rows.label for rows in session.rows]
         entries = _plannable(text, session, settings, methods, options)
         always = first_candidates(len(session.experts))
@@ -236,9 +236,9 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
                 with _no_warnings():
                     search.run(trials, evaluate, objective, quiet=options.quiet)
         tried = best_first(search.tried)
-    best = tried[0]
+        recipe = tried[0].candidate.recipe(text, methods)
     head = "\n".join(f"# {line}".rstrip() for line in _summary(tried, labels, settings))
-    return Tuned(f"{head}\n{best.candidate.recipe(text, methods)}", tried, labels)
+    return Tuned(f"{head}\n{recipe}", tried, labels)
 
 
 def _recipe_of(
