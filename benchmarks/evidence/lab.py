@@ -323,10 +323,8 @@ class Lab:
         name = digest("tuned", keys, asdict(merge), measured, tasks, list(map(str, options)), guard)
         if name not in self.known:
             out = self.folder / "tuned" / name
-            recipe = self.recipe(merge)
-            path = _write(
-                out.with_suffix(".yml"), {**recipe, **({"guard": guard} if guard else {})}
-            )
+            recipe = {**self.recipe(merge), **({"guard": guard} if guard else {})}
+            path = _write(out.with_suffix(".yml"), recipe)
             tuned = path.with_suffix(".tuned.yml")
             command("obim-tune", path, "-o", tuned, "--overwrite", *options)
             command("mergekit-yaml", tuned, out, "--no-copy-tokenizer", "--no-write-model-card")
