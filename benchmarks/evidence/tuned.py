@@ -28,8 +28,8 @@ def _by_hand(sources: Mapping[str, Any]) -> dict[str, Merge]:
 
 
 def _recipe(sources: Mapping[str, Any]) -> Merge:
-    """A recipe whose saliency files have sketches, so that regmean is in the space."""
-    calibration = {expert: {**source, "sketch": 16} for expert, source in sources.items()}
+    """A recipe whose saliency files have whole Gram matrices, as the best by hand may need."""
+    calibration = {expert: {**source, "sketch": "full"} for expert, source in sources.items()}
     return Merge("regmean", experts=tuple(sources), calibration=calibration)
 
 

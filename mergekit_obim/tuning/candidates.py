@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from mergekit_obim.errors import RecipeError, told_as
@@ -29,7 +30,7 @@ _KEPT = ("saliency", "criterion", "unscored", "seed")
 
 
 class Trial(Protocol):
-    """What suggests values: optuna's trial, or :class:`Defaults`."""
+    """What suggests values: optuna's trial."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any: ...
 
@@ -147,7 +148,7 @@ class Entry:
     method: str
     parameters: Mapping[str, Any]
 
-    def candidate(self, trial: Trial, experts: Sequence[str]) -> Candidate:
+    def candidate(self, trial: Trial | Defaults, experts: Sequence[str]) -> Candidate:
         """Return a candidate with values that a trial suggests.
 
         Args:
@@ -173,9 +174,9 @@ class Entry:
         return Candidate(self.label, self.method, shared, own)
 
 
-def _suggested(trial: Trial, key: str, value: Range, experts: int) -> float:
-    if isinstance(trial, Defaults) and value.default is not None:
-        found = float(value.default)
+def _suggested(trial: Trial | Defaults, key: str, value: Range, experts: int) -> float:
+    if isinstance(trial, Defaults):
+        found = trial.note(key, value)
     else:
         found = trial.suggest_float(key, value.low, value.high, log=value.log)
     found /= experts if value.divided else 1
@@ -185,15 +186,30 @@ def _suggested(trial: Trial, key: str, value: Range, experts: int) -> float:
 
 
 class Defaults:
-    """A trial that suggests an entry's defaults: the middle of a range, the first choice."""
+    """A trial that suggests an entry's defaults: the middle of a range, the first choice.
+
+    Attributes:
+        params: What was suggested so far, by name, as a trial of optuna has it.
+        distributions: What each was chosen from.
+    """
+
+    def __init__(self) -> None:
+        self.params: dict[str, Any] = {}
+        self.distributions: dict[str, BaseDistribution] = {}
 
     def suggest_categorical(self, name: str, choices: Sequence[Any], /) -> Any:
         """Return the first choice."""
+        self.distributions[name] = CategoricalDistribution(choices)
+        self.params[name] = choices[0]
         return choices[0]
 
-    def suggest_float(self, name: str, low: float, high: float, /, *, log: bool) -> float:
-        """Return the middle."""
-        return math.sqrt(low * high) if log else (low + high) / 2
+    def note(self, name: str, value: Range) -> float:
+        """Return a range's default, or its middle."""
+        low, high = value.low, value.high
+        middle = math.sqrt(low * high) if value.log else (low + high) / 2
+        self.distributions[name] = FloatDistribution(low, high, log=value.log)
+        self.params[name] = middle if value.default is None else float(value.default)
+        return float(self.params[name])
 
 
 def first_candidates(experts: int) -> list[Candidate]:

@@ -28,8 +28,10 @@ from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.tuning.candidates import Candidate, Defaults, Entry
 from mergekit_obim.tuning.scoring import Score
 
-# Random values come first, so that the estimator has something to estimate from.
-_RANDOM_TRIALS = 10
+# After an entry's defaults, so many values of it are random: the estimator has to begin somewhere.
+_RANDOM_TRIALS = 2
+# Whose turn it is, once every entry's defaults were tried: the best entry's so far every other time.
+_TURNS = (0, 1, 0, 2)
 
 Evaluate = Callable[[Candidate], dict[str, Score]]
 """Merges a candidate and scores it: a score for each teacher, by its label."""
@@ -126,9 +128,11 @@ class Search:
             storage = JournalStorage(JournalFileBackend(str(path)))
             self.others = len(set(optuna.get_all_study_names(storage)) - {name})
             self._study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-        self._entries = {entry.label: entry for entry in entries}
         self._experts, self._seed = list(experts), seed
-        defaults = [entry.candidate(Defaults(), experts) for entry in entries]
+        # Of each entry its defaults, as if they had been suggested: the estimator learns from them.
+        self._defaults = {entry.label: Defaults() for entry in entries}
+        defaults = [entry.candidate(self._defaults[entry.label], experts) for entry in entries]
+        self._entries = {e.label: e for e in entries if self._defaults[e.label].params}
         self.first = [*first, *defaults]
 
     @property
@@ -141,7 +145,7 @@ class Search:
         return self._study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
     def run(self, trials: int, evaluate: Evaluate, objective: Objective, *, quiet: bool) -> None:
-        """Try candidates until there are as many.
+        """Try candidates until there are as many, or nothing is left to vary.
 
         Args:
             trials: How many, those of a run before included.
@@ -150,6 +154,8 @@ class Search:
             quiet: Show no progress.
         """
         done = len(self._finished)
+        if not self._entries:
+            trials = min(trials, len(self.first))
         with tqdm(
             total=trials, initial=done, desc="Tuning", unit="merge", disable=quiet
         ) as progress:
@@ -161,26 +167,38 @@ class Search:
                 progress.set_postfix_str(f"best {min(one.value for one in self.tried):.4g}")
                 progress.update()
 
-    def _next(self, number: int) -> tuple[Candidate, optuna.trial.Trial | None]:
+    def _next(self, number: int) -> tuple[Candidate, optuna.trial.Trial | Defaults]:
         """Return the candidate to try after so many, and the trial that suggested it."""
         if number < len(self.first):
-            return self.first[number], None
+            candidate = self.first[number]
+            return candidate, self._defaults.get(candidate.label) or Defaults()
+        # A few dozen merges are too few to learn about all entries: most go to the best of them.
+        turn = _TURNS[(number - len(self.first)) % len(_TURNS)]
+        order = sorted(self._entries, key=self._best_of)
+        entry = self._entries[order[min(turn, len(order) - 1)]]
         # An estimator of its own for each trial, so that one that goes on is the one before.
         sampler = optuna.samplers.TPESampler(
-            seed=_seed(self._seed, number), n_startup_trials=len(self.first) + _RANDOM_TRIALS
+            seed=_seed(self._seed, number), n_startup_trials=1 + _RANDOM_TRIALS
         )
         asking = optuna.create_study(sampler=sampler)
-        asking.add_trials(self._finished)
+        asking.add_trials(self._of_entry(entry.label))
         trial = asking.ask()
-        label = trial.suggest_categorical("entry", list(self._entries))
-        return self._entries[label].candidate(cast(Any, trial), self._experts), trial
+        return entry.candidate(cast(Any, trial), self._experts), trial
+
+    def _of_entry(self, label: str) -> list[optuna.trial.FrozenTrial]:
+        return [t for t in self._finished if t.user_attrs["candidate"]["label"] == label]
+
+    def _best_of(self, label: str) -> float:
+        return min(
+            (t.value for t in self._of_entry(label) if t.value is not None), default=math.inf
+        )
 
     def _keep(
         self,
         candidate: Candidate,
         scores: Mapping[str, Score],
         value: float,
-        asked: optuna.trial.Trial | None,
+        asked: optuna.trial.Trial | Defaults,
     ) -> None:
         attributes = {
             "candidate": asdict(candidate),
@@ -189,8 +207,8 @@ class Search:
         self._study.add_trial(
             optuna.create_trial(
                 value=value,
-                params=asked.params if asked else {},
-                distributions=asked.distributions if asked else {},
+                params=asked.params,
+                distributions=asked.distributions,
                 user_attrs=attributes,
             )
         )
