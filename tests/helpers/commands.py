@@ -69,6 +69,17 @@ def mergekit_multi(*args: object) -> Result:
     return _invoke(multimerge.main, args)
 
 
+# As documents name them. A process of its own for each would take seconds to import what it needs.
+COMMANDS: dict[str, Callable[..., Result]] = {
+    "obim-saliency": obim_saliency,
+    "obim-card": obim_card,
+    "obim-kinship": obim_kinship,
+    "obim-report": obim_report,
+    "mergekit-multi": mergekit_multi,
+    "mergekit-yaml": mergekit_yaml,
+}
+
+
 def forget_who_was_read() -> None:
     """What a process of its own would start without."""
     LoaderCache().loaders.clear()
