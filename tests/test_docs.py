@@ -45,6 +45,7 @@ from mergekit_obim.calibration.data.text import INPUT_FIELDS
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
 from mergekit_obim.commands import saliency as cli
+from mergekit_obim.commands import tune as cli_tune
 from mergekit_obim.methods import METHODS
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.recipe import Document
@@ -213,6 +214,8 @@ class Reader:
 
 OPTIONS = {
     "obim-saliency": {option for p in cli.main.params for option in p.opts},
+    "obim-eval": {option for p in cli_tune.evaluate.params for option in p.opts},
+    "obim-tune": {option for p in cli_tune.tune.params for option in p.opts},
     "obim-card": {option for p in cli_report.card.params for option in p.opts},
     "obim-kinship": {option for p in cli_kinship.kinship.params for option in p.opts},
     "obim-report": {option for p in cli_report.report.params for option in p.opts},
@@ -280,6 +283,7 @@ METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 PARAMETERS = RECIPES.partition("\n### ")[0]
 CALIBRATION = RECIPES.partition("\n## Calibration\n")[2]
+TUNING = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs/saliency_format.md").read_text(encoding="utf-8")
 
 
@@ -322,6 +326,12 @@ def test_the_recipes_page_has_every_calibration_key_as_it_is() -> None:
 def test_the_recipes_page_has_every_option() -> None:
     for option in OPTIONS["obim-saliency"] - {"config", "out_dir", "more", "--version", "--help"}:
         assert f"`{option}`" in RECIPES, option
+
+
+def test_the_tuning_page_has_every_option_of_its_own() -> None:
+    for command in ("obim-tune", "obim-eval"):
+        for option in OPTIONS[command] - OPTIONS["obim-card"]:
+            assert not option.startswith("-") or f"`{option}" in TUNING, option
 
 
 def test_the_format_page_has_every_metadata_key() -> None:

@@ -212,7 +212,12 @@ def test_the_image_installs_what_the_makefile_installs() -> None:
     assert re.search("^torch==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     extras = re.fullmatch(r"/src\[(.*)\]", package[-1])
     assert extras
-    assert set(extras[1].split(",")) == {*PROJECT["optional-dependencies"]} - {"test", "dev"}
+    # A harness of evaluations is what nobody needs who tries the package.
+    assert set(extras[1].split(",")) == {*PROJECT["optional-dependencies"]} - {
+        "dev",
+        "eval",
+        "test",
+    }
 
 
 def test_the_commands_that_the_image_is_run_with_exist() -> None:

@@ -12,7 +12,7 @@ SKETCHES: tuple[int | str, ...] = (4, 8, 16, 32, 64, "full")
 SHRINKS = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
-def _merges(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Merge]:
+def of_correlations(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Merge]:
     """Every merge of the table, by its name."""
 
     def regmean(sketch: int | str = 16, data: Mapping[str, Any] = sources, **shared: Any) -> Merge:
@@ -43,6 +43,12 @@ def _merges(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Mer
     }
 
 
+def mixed_text(lab: Lab) -> dict[str, Any]:
+    """All three tasks' text, as calibration data."""
+    samples = lab.scale.samples // len(TRIO) + 1
+    return {"data": [{"data": lab.data(task), "samples": samples} for task in TRIO]}
+
+
 def table_correlations(lab: Lab) -> dict[str, Any]:
     """Recoveries of the three experts, each calibrated on its own task's text or on other rows."""
     own = {task: {"data": lab.data(task)} for task in TRIO}
@@ -53,7 +59,7 @@ def table_correlations(lab: Lab) -> dict[str, Any]:
             task: own[other] for task, other in zip(TRIO, (*TRIO[1:], TRIO[0]), strict=True)
         },
     }
-    merges = _merges(TRIO, own)
+    merges = of_correlations(TRIO, own)
     for source, calibration in others.items():
         for sketch, what in ((16, "16 columns"), ("full", "whole matrix")):
             name = f"RegMean, {what}"
@@ -66,9 +72,7 @@ def table_correlations(lab: Lab) -> dict[str, Any]:
 
 def table_correlations_one_run(lab: Lab) -> dict[str, Any]:
     """Losses of merged checkpoints of one run that forgot, calibrated on all tasks' text."""
-    samples = lab.scale.samples // len(TRIO) + 1
-    mixed = {"data": [{"data": lab.data(task), "samples": samples} for task in TRIO]}
     rows = {name: lab.score_model(name, TRIO) for name in (BASE, *CHECKPOINTS)}
-    merges = _merges(CHECKPOINTS, dict.fromkeys(CHECKPOINTS, mixed))
+    merges = of_correlations(CHECKPOINTS, dict.fromkeys(CHECKPOINTS, mixed_text(lab)))
     rows |= {name: lab.score(merge, TRIO) for name, merge in merges.items()}
     return {name: scores["loss"] for name, scores in rows.items()}

@@ -307,8 +307,42 @@ class Lab:
             path.write_text("".join(rows))
         return str(path)
 
+    def tuned(
+        self, merge: Merge, tasks: Sequence[str], options: Sequence[object], **guard: Any
+    ) -> Scores:
+        """Scores of what `obim-tune` makes of a merge's recipe, on test text.
+
+        Args:
+            merge: The recipe.
+            tasks: What the tuned merge is scored on.
+            options: The command's.
+            guard: The recipe's `guard`, if it is to have one.
+        """
+        keys = [self.model_key(expert) for expert in merge.experts]
+        measured = self._settings(("samples", "windows", "questions"))
+        name = digest("tuned", keys, asdict(merge), measured, tasks, list(map(str, options)), guard)
+        if name not in self.known:
+            out = self.folder / "tuned" / name
+            recipe = {**self.recipe(merge), **({"guard": guard} if guard else {})}
+            path = _write(out.with_suffix(".yml"), recipe)
+            tuned = path.with_suffix(".tuned.yml")
+            command("obim-tune", path, "-o", tuned, "--overwrite", *options)
+            command("mergekit-yaml", tuned, out, "--no-copy-tokenizer", "--no-write-model-card")
+            self.known[name] = self.measure(self._load(out), tasks, "test")
+            shutil.rmtree(out)
+            self._save()
+        return self.known[name]
+
     def _merge(self, merge: Merge, out: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
+        path = _write(out.with_suffix(".yml"), self.recipe(merge))
+        # DARE and DELLA draw what they drop: the seed makes their merges the same again.
+        options = ("--no-copy-tokenizer", "--no-write-model-card", "--random-seed", self.seed)
+        command("mergekit-yaml", path, out, *options)
+        path.unlink()
+
+    def recipe(self, merge: Merge) -> dict[str, Any]:
+        """The recipe of a merge; what it reads is trained and measured."""
         calibrations = [merge.calibration.get(expert) or self.data(expert)
                         for expert in merge.experts]  # fmt: skip
         models = [
@@ -340,11 +374,7 @@ class Lab:
                 if not any(files.glob("*.safetensors")):  # an interrupted pre-pass leaves none
                     only = {**recipe, "models": [model]}
                     command("obim-saliency", _write(files.with_suffix(".yml"), only), files)
-        path = _write(out.with_suffix(".yml"), recipe)
-        # DARE and DELLA draw what they drop: the seed makes their merges the same again.
-        options = ("--no-copy-tokenizer", "--no-write-model-card", "--random-seed", self.seed)
-        command("mergekit-yaml", path, out, *options)
-        path.unlink()
+        return recipe
 
     def _saliency_folder(self, expert: str, calibration: Any) -> Path:
         """One folder for each way of calibrating an expert, shared by all merges."""
@@ -392,10 +422,14 @@ def command(name: str, *arguments: object) -> None:
     from mergekit.io.tasks import LoaderCache
     from mergekit.scripts import run_yaml
 
-    from mergekit_obim.commands import saliency as cli
+    from mergekit_obim.commands import saliency, tune
 
     LoaderCache().loaders.clear()
-    entry = {"obim-saliency": cli.main, "mergekit-yaml": run_yaml.main}[name]
+    entry = {
+        "obim-saliency": saliency.main,
+        "obim-tune": tune.tune,
+        "mergekit-yaml": run_yaml.main,
+    }[name]
     entry.main([*map(str, arguments), "--quiet"], name, standalone_mode=False)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -16,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_obim.commands.options import (
+    DTYPES,
     FILE,
     NEW_FILE,
     GroupedHelp,
     batch_size,
-    device_memory,
+    check_hardware,
+    hardware_options,
+    run_options,
     shared_options,
     start_logging,
 )
-from mergekit_obim.errors import CheckpointError, RecipeError, one_line, told_as
+from mergekit_obim.errors import CheckpointError, RecipeError, told_as
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -79,7 +81,7 @@ class Usages(GroupedHelp):
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    type=click.Choice(DTYPES),
     help="Of the forward pass  [default: the checkpoint's]",
 )
 @click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
@@ -144,19 +146,7 @@ class Usages(GroupedHelp):
     metavar="NEW",
     help="With --combine, --from-imatrix or --to-imatrix: the file to write",
 )
-@click.option(
-    "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
-)
-@click.option(
-    "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
-)
-@click.option(
-    "--max-memory",
-    type=device_memory,
-    metavar="DEVICE=SIZE",
-    multiple=True,
-    help="With --device-map; repeatable",
-)
+@hardware_options
 @shared_options
 def main(
     config: Path,
@@ -179,8 +169,7 @@ def main(
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
     OUT_DIR/<model-name>.safetensors, for `parameters: {saliency: OUT_DIR}`.
     """
-    if options["max_memory"] and not options["device_map"]:
-        raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    check_hardware(options)
     if options["full_gram"] and options["sketch"] is not None:
         raise click.UsageError("--full-gram has all columns that --sketch could ask for; leave it")
     if (as_json or fixed) and not check:
@@ -239,12 +228,12 @@ def _check(
     from mergekit_obim import checking
     from mergekit_obim.saliency.file import write_text
 
-    run_options = _run_options(documents[0].content, options)
+    running = run_options(documents[0].content, options)
     if fixed is None:
-        verdict = checking.check(documents, out_dir, run_options, overrides, only)
+        verdict = checking.check(documents, out_dir, running, overrides, only)
     else:
         text = config.read_bytes().decode()  # with the line ends that it has
-        text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
+        text, verdict = checking.fix(text, out_dir, running, overrides, only)
         write = bool(verdict.changes) or not verdict.errors
         if write:
             write_text(fixed, text)
@@ -295,7 +284,7 @@ def _measure(
     ranks = ranks or Ranks()
     if publish:
         ranks.local_first(partial(check_login, publish[0]))
-    run_options = _run_options(documents[0].content, options, ranks.local)
+    running = run_options(documents[0].content, options, ranks.local)
     faults, merges = [], []
     for document, experts in zip(documents, found, strict=True):
         merge, wrong = read_recipe(document)
@@ -311,7 +300,7 @@ def _measure(
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     for document, merge, experts in zip(documents, merges, found, strict=True):
         assert merge is not None  # else there were errors
-        own = replace(run_options, merge_dtype=document.content.get("dtype"))
+        own = replace(running, merge_dtype=document.content.get("dtype"))
         base = ModelReference.model_validate(base_of(document)) if base_of(document) else None
         opened = ranks.local_first(partial(_inspected, merge, base, experts.measured, own, ranks))
         prepare = partial(
@@ -457,41 +446,6 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     names = ("samples", "max_length", "batch_size", "seed", "dtype", "sketch")
     overrides = {name: options.pop(name) for name in names}
     return {**overrides, "sketch": "full"} if options.pop("full_gram") else overrides
-
-
-def _run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
-    """Where and how to run, of the options that are left; ``number`` as in :func:`_device`."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from mergekit_obim.calibration.options import RunOptions
-
-    # transformers shows a bar of its own for every model it loads; accelerate warns that
-    # offloaded weights are offloaded.
-    disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    options["device"] = _device(options["device"], number)
-    options["max_memory"] = dict(options["max_memory"])
-    return RunOptions(merge_dtype=recipe.get("dtype"), **options)
-
-
-def _device(asked: str | None, number: int) -> str:
-    """The device to run on; without an index, the one with this process's number on its machine."""
-    import torch
-
-    device = asked
-    if device is None:
-        found = torch.accelerator.current_accelerator()
-        device = str(found) if found else "cpu"
-    if number and ":" not in device and device != "cpu":
-        device = f"{device}:{number % max(1, torch.accelerator.device_count())}"
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises several kinds
-        raise RecipeError(
-            f"--device {device}: torch cannot use it here ({one_line(error)}); leave "
-            "--device out to take what there is"
-        ) from error
-    return device
 
 
 def _summary(measured: Measured) -> str:

@@ -30,6 +30,7 @@ import checkpoints
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
 from mergekit_obim.commands import saliency as cli
+from mergekit_obim.commands import tune as cli_tune
 from mergekit_obim.methods import saliency
 from mergekit_obim.saliency.file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
@@ -57,6 +58,14 @@ def obim_report(*args: object) -> Result:
     return _invoke(cli_report.report, args)
 
 
+def obim_tune(*args: object) -> Result:
+    return _invoke(cli_tune.tune, args)
+
+
+def obim_eval(*args: object) -> Result:
+    return _invoke(cli_tune.evaluate, args)
+
+
 def mergekit_yaml(*args: object) -> Result:
     return _invoke(run_yaml.main, args)
 
@@ -73,8 +82,10 @@ def mergekit_multi(*args: object) -> Result:
 COMMANDS: dict[str, Callable[..., Result]] = {
     "obim-saliency": obim_saliency,
     "obim-card": obim_card,
+    "obim-eval": obim_eval,
     "obim-kinship": obim_kinship,
     "obim-report": obim_report,
+    "obim-tune": obim_tune,
     "mergekit-multi": mergekit_multi,
     "mergekit-yaml": mergekit_yaml,
 }
@@ -104,15 +115,19 @@ def spawn(command: str, *args: object, cwd: Path) -> subprocess.CompletedProcess
     )
 
 
-def killed(patch: Callable[[Callable[[], None]], None], *args: object) -> None:
-    """Run the pre-pass in a child that `patch` gets a way to kill -9, and wait for that."""
+def killed(
+    patch: Callable[[Callable[[], None]], None],
+    *args: object,
+    command: Callable[..., Result] = obim_saliency,
+) -> None:
+    """Run a command in a child that `patch` gets a way to kill -9, and wait for that."""
     child = os.fork()
     if not child:
         torch.set_num_threads(1)  # OpenMP's threads did not come along
         signal.alarm(120)
         with contextlib.suppress(BaseException):
             patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-            obim_saliency(*args)
+            command(*args)
         os._exit(0)  # the test fails: it should have been killed
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)
