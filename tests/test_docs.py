@@ -28,29 +28,19 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from click.testing import Result
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 from mergekit import merge_methods
 from mergekit.scripts import run_yaml
 
-from commands import (
-    mergekit_multi,
-    mergekit_yaml,
-    obim_card,
-    obim_eval,
-    obim_kinship,
-    obim_report,
-    obim_saliency,
-    obim_tune,
-    succeed,
-    write_recipe,
-)
+from commands import COMMANDS, obim_saliency, succeed, write_recipe
 from mergekit_obim.calibration.data.text import INPUT_FIELDS
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
@@ -83,18 +73,6 @@ _LANGUAGE = {
 _SIMPLE = re.compile(
     r"(?P<words>[^\n<>|&;$\\]+?)(?: > (?P<file>[\w.]+))?(?: \|\| test \$\? = (?P<code>\d+))?"
 )
-
-# Within this process, as a new one takes seconds to import what they need.
-COMMANDS: dict[str, Callable[..., Result]] = {
-    "obim-saliency": obim_saliency,
-    "obim-card": obim_card,
-    "obim-eval": obim_eval,
-    "obim-kinship": obim_kinship,
-    "obim-report": obim_report,
-    "obim-tune": obim_tune,
-    "mergekit-multi": mergekit_multi,
-    "mergekit-yaml": mergekit_yaml,
-}
 
 
 @dataclass(frozen=True)
@@ -362,3 +340,21 @@ def test_the_format_page_has_every_metadata_key() -> None:
     for name in {*required, *SaliencyMetadata.model_fields}:
         need, _ = cells(name, FORMAT)
         assert need == ("required" if name in required else "optional")
+
+
+def named(requirement: str) -> set[str]:
+    """What the README's table calls a requirement: other extras of ours are in backticks."""
+    own = re.fullmatch(r"mergekit-obim\[(.*)\]", requirement)
+    if own:
+        return {f"`{extra}`" for extra in own[1].split(",")}
+    [name] = re.findall(r"^[\w.-]+", requirement)
+    return {name.lower()}
+
+
+def test_the_readme_has_every_extra_and_all_that_it_installs() -> None:
+    text = PAGES[0].read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `mergekit-obim\[(\w+)\]` \|.*\| (.+) \|$", text, re.MULTILINE)
+    listed = {extra: {name.strip().lower() for name in cell.split(",")} for extra, cell in rows}
+    assert len(listed) == len(rows)
+    extras = ProjectMetadata(str(ROOT), PluginManager()).config["project"]["optional-dependencies"]
+    assert listed == {extra: set().union(*map(named, extras[extra])) for extra in extras}

@@ -78,6 +78,19 @@ def mergekit_multi(*args: object) -> Result:
     return _invoke(multimerge.main, args)
 
 
+# As documents name them. A process of its own for each would take seconds to import what it needs.
+COMMANDS: dict[str, Callable[..., Result]] = {
+    "obim-saliency": obim_saliency,
+    "obim-card": obim_card,
+    "obim-eval": obim_eval,
+    "obim-kinship": obim_kinship,
+    "obim-report": obim_report,
+    "obim-tune": obim_tune,
+    "mergekit-multi": mergekit_multi,
+    "mergekit-yaml": mergekit_yaml,
+}
+
+
 def forget_who_was_read() -> None:
     """What a process of its own would start without."""
     LoaderCache().loaders.clear()
