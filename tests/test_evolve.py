@@ -313,7 +313,7 @@ class Remote:
 
 
 @pytest.fixture
-def evolve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def evolve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[ModuleType]:
     """The command's module, which ends with the test, as does what has imported the stand-ins."""
     ray, lm_eval = mock.MagicMock(), mock.MagicMock()
     ray.remote = lambda *args, **options: Remote(args[0]) if args else Remote
@@ -329,10 +329,11 @@ def evolve(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     # It pauses for other processes to let go of the GPU, and gives cma no seed.
     monkeypatch.setattr(command, "time", SimpleNamespace(sleep=lambda seconds: None))
     fmin2 = command.cma.fmin2
+    ours = {"seed": 1, "verb_filenameprefix": f"{tmp_path}/"}  # where it logs
     monkeypatch.setattr(
         command.cma,
         "fmin2",
-        lambda *args, options, **more: fmin2(*args, options={**options, "seed": 1}, **more),
+        lambda *args, options, **more: fmin2(*args, options={**options, **ours}, **more),
     )
     yield command
     for name in set(sys.modules) - before:

@@ -35,6 +35,7 @@ from benchmarks.tiny_llama import (
     side_by_side,
     stream,
 )
+from mergekit_obim.tuning import search
 
 TRIO = ("prose", "math", "code")  # the paper's three: language, mathematics, code
 TASKS = (*TRIO, *lines.GENERATORS)
@@ -320,7 +321,9 @@ class Lab:
         """
         keys = [self.model_key(expert) for expert in merge.experts]
         measured = self._settings(("samples", "windows", "questions"))
-        name = digest("tuned", keys, asdict(merge), measured, tasks, list(map(str, options)), guard)
+        # What is found depends on the search as well.
+        how = (Path(search.__file__), list(map(str, options)), guard)
+        name = digest("tuned", keys, asdict(merge), measured, tasks, *how)
         if name not in self.known:
             out = self.folder / "tuned" / name
             recipe = {**self.recipe(merge), **({"guard": guard} if guard else {})}

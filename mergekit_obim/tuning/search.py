@@ -30,7 +30,7 @@ from mergekit_obim.tuning.scoring import Score
 
 # After an entry's defaults, so many values of it are random: the estimator has to begin somewhere.
 _RANDOM_TRIALS = 2
-# Whose turn it is, once every entry's defaults were tried: the best entry's so far every other time.
+# Whose turn it is once all defaults were tried: every other time that of the best entry so far.
 _TURNS = (0, 1, 0, 2)
 
 Evaluate = Callable[[Candidate], dict[str, Score]]
