@@ -1,0 +1,80 @@
+"""What `make evidence-real` runs: fine-tune, merge with the real commands, score, write the page.
+
+    python -m benchmarks.real [--seed 0 …] [--regime light-4 …] [--method OBIM …]
+
+Each trained model, saliency file and score is kept under --cache and found there again, so an
+interrupted run goes on. Figures go to docs/evidence-real.json, and from there into the tables of
+docs/evidence-real.md, after every method.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+if __name__ == "__main__":
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing is to be downloaded
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import click
+import transformers
+
+from benchmarks.evidence.__main__ import made
+from benchmarks.real import base, page, tables, text
+from benchmarks.real.lab import SCALES, Lab
+
+REGIMES = list(tables.regimes("abcd"))
+
+
+@click.command()
+@click.option("--scale", type=click.Choice(list(SCALES)), default="smollm2", show_default=True)
+@click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True)
+@click.option("--regime", "names", type=click.Choice(REGIMES), multiple=True, help="Only these")
+@click.option("--method", "only", multiple=True, help="Only these, added to what is there")
+@click.option("--packages", type=click.Path(path_type=Path), default=".cache/real-packages")
+@click.option("--cache", type=click.Path(path_type=Path), default=".cache/real")
+@click.option("--docs", type=click.Path(path_type=Path), default=page.DOCS, help="Where to write")
+def main(
+    scale: str,
+    seeds: tuple[int, ...],
+    names: tuple[str, ...],
+    only: tuple[str, ...],
+    packages: Path,
+    cache: Path,
+    docs: Path,
+) -> None:
+    """Train, merge, score and write the page."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    settings = SCALES[scale]
+    if scale == "smoke":
+        model, rows = (
+            base.random_llama(cache / scale / "base"),
+            base.generated_rows(settings.counts),
+        )
+    else:
+        model = base.smollm2(packages / "pip", cache / scale / "base")
+        rows = text.load_rows(packages / "deb", settings.counts)
+    for seed in seeds:
+        lab = Lab(model, rows, settings, seed, cache / scale / f"seed{seed}")
+        for name in names or REGIMES:
+            start = time.perf_counter()
+            for found in tables.figures(lab, name, only):
+                # Read anew: other regimes may be running beside this one.
+                kept = page.read(docs)
+                seed_figures = kept.setdefault(scale, {}).setdefault(name, {})
+                before = seed_figures.get(str(seed), {}).get("methods", {})
+                methods = {**before, **found["methods"]}
+                order = [method for method in tables.methods(2) if method in methods]
+                found = {**found, "methods": {method: methods[method] for method in order}}
+                seed_figures[str(seed)] = {**found, "made": made("cpu")}
+                page.write(docs, kept)
+                last = list(found["methods"])[-1]
+            print(
+                f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s, to {last}", flush=True
+            )
+
+
+if __name__ == "__main__":
+    main()
