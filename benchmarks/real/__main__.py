@@ -32,6 +32,7 @@ REGIMES = list(tables.regimes("abcd"))
 @click.option("--seed", "seeds", type=int, multiple=True, default=(0,), show_default=True)
 @click.option("--regime", "names", type=click.Choice(REGIMES), multiple=True, help="Only these")
 @click.option("--method", "only", multiple=True, help="Only these, added to what is there")
+@click.option("--kind", "kinds", type=click.Choice(tables.KINDS), multiple=True, help="Only this")
 @click.option("--packages", type=click.Path(path_type=Path), default=".cache/real-packages")
 @click.option("--cache", type=click.Path(path_type=Path), default=".cache/real")
 @click.option("--docs", type=click.Path(path_type=Path), default=page.DOCS, help="Where to write")
@@ -40,6 +41,7 @@ def main(
     seeds: tuple[int, ...],
     names: tuple[str, ...],
     only: tuple[str, ...],
+    kinds: tuple[str, ...],
     packages: Path,
     cache: Path,
     docs: Path,
@@ -60,20 +62,15 @@ def main(
         lab = Lab(model, rows, settings, seed, cache / scale / f"seed{seed}")
         for name in names or REGIMES:
             start = time.perf_counter()
-            for found in tables.figures(lab, name, only):
+            for found in tables.figures(lab, name, kinds or tables.KINDS, only):
                 # Read anew: other regimes may be running beside this one.
                 kept = page.read(docs)
-                seed_figures = kept.setdefault(scale, {}).setdefault(name, {})
-                before = seed_figures.get(str(seed), {}).get("methods", {})
-                methods = {**before, **found["methods"]}
-                order = [method for method in tables.methods(2) if method in methods]
-                found = {**found, "methods": {method: methods[method] for method in order}}
-                seed_figures[str(seed)] = {**found, "made": made("cpu")}
+                seeds_figures = kept.setdefault(scale, {}).setdefault(name, {})
+                seeds_figures[str(seed)] = page.add(seeds_figures.get(str(seed), {}), found) | {
+                    "made": made("cpu")
+                }
                 page.write(docs, kept)
-                last = list(found["methods"])[-1]
-            print(
-                f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s, to {last}", flush=True
-            )
+            print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ SCALES = {
         counts={"train": 384, "validation": 16, "test": 40},
         trainings={"light": Training(24, 1.5e-4), "hard": Training(64, 1e-3)},
         bfloat16=True,
-        samples=100,  # the paper's
+        samples=50,
     ),
     "smoke": Scale(
         layers=2,

@@ -7,6 +7,7 @@ what is between is replaced. ``lead`` is the table of all regimes, ``light-4`` t
 from __future__ import annotations
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.evidence.page import summary
+from benchmarks.real.tables import KINDS, methods
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-KINDS = ("default", "best")
 Regimes = Mapping[str, Mapping[str, Any]]  # regime -> seed -> figures
 _BLOCK = re.compile(r"(<!-- table: (\w+)/([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -36,6 +37,15 @@ def write(docs: Path, kept: dict[str, Any]) -> None:
     path = docs / "evidence-real.md"
     if path.exists():
         path.write_text(render(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+
+
+def add(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
+    """A regime's figures of one seed with more methods, or more of what is known of them."""
+    rows = dict(before.get("methods", {}))
+    for method, row in found["methods"].items():
+        rows[method] = {**rows.get(method, {}), **row}
+    order = [method for method in methods(2) if method in rows]
+    return {**found, "methods": {method: rows[method] for method in order}}
 
 
 def _rounded(value: Any) -> Any:
@@ -69,7 +79,7 @@ def scores(seeds: Mapping[str, Any], method: str, kind: str) -> list[float]:
     return [
         _mean(one["methods"][method][kind]["recovery"])
         for one in seeds.values()
-        if method in one["methods"]
+        if kind in one["methods"].get(method, {})
     ]
 
 
@@ -77,38 +87,36 @@ def regrets(regimes: Regimes, kind: str) -> dict[str, dict[str, float]]:
     """How far each method is below the best of the same kind: regime -> method -> recovery."""
     found = {}
     for name, seeds in regimes.items():
-        methods = next(iter(seeds.values()))["methods"]
-        each = {method: statistics.fmean(scores(seeds, method, kind)) for method in methods}
-        best = max(each.values())
+        every = dict.fromkeys(method for one in seeds.values() for method in one["methods"])
+        each = {m: statistics.fmean(known) for m in every if (known := scores(seeds, m, kind))}
+        best = max(each.values(), default=math.nan)
         found[name] = {method: best - score for method, score in each.items()}
     return found
 
 
 def _lead(regimes: Regimes) -> list[str]:
-    """Methods × regimes, default / tuned, the worst regret last; the least of it stands first."""
+    """Methods × regimes, default / tuned; the least worst regret by default stands first."""
     below = {kind: regrets(regimes, kind) for kind in KINDS}
-    methods = list(dict.fromkeys(m for one in below["default"].values() for m in one))
-    worst = {
-        kind: {m: max(one.get(m, float("nan")) for one in below[kind].values()) for m in methods}
-        for kind in KINDS
-    }
-    best = {(name, kind): next(m for m, x in below[kind][name].items() if x == 0)
-            for name in regimes for kind in KINDS}  # fmt: skip
+    every = dict.fromkeys(m for seeds in regimes.values() for one in seeds.values()
+                          for m in one["methods"])  # fmt: skip
     ours = {m for seeds in regimes.values() for one in seeds.values()
             for m, row in one["methods"].items() if row["ours"]}  # fmt: skip
+
+    def worst(method: str, kind: str) -> float:
+        """Infinite where a regime lacks the method: it is not known how bad it may be."""
+        return max(one.get(method, math.inf) for one in below[kind].values())
+
+    def cell(name: str, method: str, kind: str) -> str:
+        found = scores(regimes[name], method, kind)
+        shown = f"{statistics.fmean(found):.2f}" if found else "–"
+        return f"**{shown}**" if below[kind][name].get(method) == 0 else shown
+
     rows = []
-    for method in sorted(methods, key=lambda m: worst["default"][m]):
-        cells = []
-        for name, seeds in regimes.items():
-            pair = []
-            for kind in KINDS:
-                found = scores(seeds, method, kind)
-                cell = f"{statistics.fmean(found):.2f}" if found else "–"
-                pair.append(f"**{cell}**" if best[name, kind] == method else cell)
-            cells.append(" / ".join(pair))
-        label = f"*{method}*" if method in ours else method
-        regret = " / ".join(f"{worst[kind][method]:.2f}" for kind in KINDS)
-        rows.append([label, *cells, regret])
+    for method in sorted(every, key=lambda m: worst(m, "default")):
+        cells = [" / ".join(cell(name, method, kind) for kind in KINDS) for name in regimes]
+        regret = [worst(method, kind) for kind in KINDS]
+        shown = " / ".join(f"{x:.2f}" if math.isfinite(x) else "–" for x in regret)
+        rows.append([f"*{method}*" if method in ours else method, *cells, shown])
     return _table(["method", *regimes, "worst regret"], rows)
 
 
@@ -121,25 +129,30 @@ def _regime(seeds: Mapping[str, Any]) -> list[str]:
                  for task in tasks), _exact([one["models"][name] for one in seeds.values()])]
         for name in first["models"]
     ]  # fmt: skip
-    kept = list(next(iter(first["methods"].values()))["default"]["recovery"])
+    parts = list(next(iter(first["methods"].values()))["default"]["recovery"])
+    parts = parts if len(parts) > 1 else []
     rows = []
     for method in first["methods"]:
         for kind in KINDS:
             found = [one["methods"][method][kind] for one in seeds.values()
-                     if method in one["methods"]]  # fmt: skip
-            each = [summary([one["recovery"][task] for one in found]) for task in kept]
+                     if kind in one["methods"].get(method, {})]  # fmt: skip
+            if not found:
+                continue
             means = [_mean(one["recovery"]) for one in found]
-            chosen = {_settings(one["settings"]): None for one in found}
-            ahead = "; ".join("{:+.2f} to {:+.2f}".format(*one["ahead"]) for one in found)
-            nats = [_mean(one["loss"]) for one in found]
-            rows.append([method, kind.replace("best", "tuned"), f"**{summary(means)}**", ahead,
-                         *(each if len(kept) > 1 else []), summary(nats), _exact(found),
-                         "; ".join(chosen)])  # fmt: skip
+            rows.append([
+                method, kind.replace("best", "tuned"), f"**{summary(means)}**",
+                "; ".join("{:+.2f} to {:+.2f}".format(*one["ahead"]) for one in found),
+                *(summary([one["recovery"][task] for one in found]) for task in parts),
+                summary([_mean(one["loss"]) for one in found]), _exact(found),
+                "; ".join(dict.fromkeys(_settings(one["settings"]) for one in found)),
+            ])  # fmt: skip
+    header = ["method", "setting", "recovery", "ahead of the even average", *parts, "loss",
+              "exact", "settings"]  # fmt: skip
     made = first["made"]
-    header = ["method", "setting", "recovery", "ahead of the even average",
-              *(kept if len(kept) > 1 else []), "loss", "exact", "settings"]  # fmt: skip
     how = "; ".join([f"seeds {', '.join(seeds)}", *(f"{key} {made[key]}" for key in made)])
     return [
+        f"{first['about'][0].upper()}{first['about'][1:]}.",
+        "",
         *_table(["model", *tasks, "exact"], models),
         "",
         *_table(header, rows),

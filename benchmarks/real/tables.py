@@ -245,24 +245,34 @@ class Judge:
             return each
 
         of = {name: losses(known) for name, known in self.models.items()}
-        one, other = (
-            mean(recoveries(self.lab, self.regime, losses(known), of))
-            for known in (scores, reference)
-        )
-        return [float(x) for x in np.quantile(one - other, (0.025, 0.975))]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            one, other = (
+                mean(recoveries(self.lab, self.regime, losses(known), of))
+                for known in (scores, reference)
+            )
+            ahead = one - other
+        # Drawn rows on which the experts gained nothing say nothing about what was kept of it.
+        return [float(x) for x in np.quantile(ahead[np.isfinite(ahead)], (0.025, 0.975))]
 
 
-def _best(judge: Judge, tried: Sequence[Merge]) -> Merge:
-    if len(tried) == 1:
-        return tried[0]
-    return max(tried, key=lambda merge: mean(judge.recoveries(judge.scores(merge))))
+KINDS = ("default", "best")
 
 
-def figures(lab: Lab, name: str, only: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
-    """A regime's figures, once more after each method, for a page that grows."""
+def figures(
+    lab: Lab, name: str, kinds: Sequence[str] = KINDS, only: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
+    """A regime's figures, once more after each merge, for a page that grows.
+
+    Args:
+        lab: Models, merges and scores.
+        name: The regime's.
+        kinds: ``default``, ``best`` (of those tried, on validation rows) or both.
+        only: Methods; all if empty.
+    """
     regime = regimes(lab.tasks)[name]
-    judges = {split: Judge(lab, regime, split) for split in ("validation", "test")}
-    test = judges["test"]
+    test = Judge(lab, regime, "test")
+    every = methods(len(regime.experts))
+    reference = test.scores(every[REFERENCE].default)
     rows: dict[str, Any] = {}
     found = {
         "about": regime.about,
@@ -272,20 +282,25 @@ def figures(lab: Lab, name: str, only: Sequence[str] = ()) -> Iterator[dict[str,
         },
         "methods": rows,
     }
-    every = methods(len(regime.experts))
-    reference = test.scores(every[REFERENCE].default)
-    for method, row in every.items():
-        if only and method not in only:
-            continue
-        best = _best(judges["validation"], row.tried[: lab.scale.tried])
-        rows[method] = {"ours": row.ours}
-        for kind, merge in (("default", row.default), ("best", best)):
+    for kind in kinds:
+        for method, row in every.items():
+            if only and method not in only:
+                continue
+            merge = row.default if kind == "default" else _best(lab, regime, row)
             scores = test.scores(merge)
-            rows[method][kind] = {
+            rows.setdefault(method, {"ours": row.ours})[kind] = {
                 "settings": merge.settings(),
                 "recovery": test.recoveries(scores),
                 "loss": loss(scores),
                 "exact": exact(scores),
                 "ahead": test.ahead(scores, reference),
             }
-        yield found
+            yield found
+
+
+def _best(lab: Lab, regime: Regime, row: Method) -> Merge:
+    tried = row.tried[: lab.scale.tried]
+    if len(tried) == 1:
+        return tried[0]
+    judge = Judge(lab, regime, "validation")
+    return max(tried, key=lambda merge: mean(judge.recoveries(judge.scores(merge))))

@@ -53,7 +53,7 @@ def load_rows(packages: Path, counts: Mapping[str, int]) -> Rows:
         "german": _german(packages),
         "gloss": _glosses(packages / _WORDNET),
         "topic": _topics(packages / _WORDNET),
-        "python": _python(),
+        "python": _python(counts["train"] * 2000),
     }
     rows: Rows = {task: {split: [] for split in SPLITS} for task in sources}
     for task, source in sources.items():
@@ -129,9 +129,9 @@ def _topics(wordnet: Path) -> Source:
             yield synset, split_of(synset), row
 
 
-def _python(longest: int = 180) -> Source:
+def _python(train_chars: int, longest: int = 180) -> Source:
     """One piece from the middle of each function and class; its split is its file's."""
-    corpus = load_corpus(800_000)["code"]
+    corpus = load_corpus(train_chars)["code"]
     for split in SPLITS:
         for document in corpus[split]:
             lines = document.splitlines(keepends=True)
