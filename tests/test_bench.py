@@ -33,7 +33,8 @@ def test_it_ends_with_one_line_of_json_that_says_what_the_table_says(output: str
     figures = json.loads(output.splitlines()[-1])
     assert bench.tables(figures) == output.rsplit("\n", 2)[0]
     assert list(figures) == ["whole_runs", "more_experts", "kernels", "growth", "pre_pass"]
-    assert set(figures["pre_pass"]["figures"]) == {"float32", "bfloat16"}
+    dtypes = ("float32", "bfloat16")
+    assert set(figures["pre_pass"]["figures"]) == {*dtypes, *(f"{d}, sketch 16" for d in dtypes)}
     runs = figures["whole_runs"]["figures"]["3 experts"]
     assert all(run["seconds"] > 0 and run["peak_gib"] > 0 for run in runs.values())
 

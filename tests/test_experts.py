@@ -32,10 +32,11 @@ def measured(model: Any, lengths: tuple[int, ...] = LENGTHS) -> CurvatureCapture
 
 
 class NaiveExperts:
-    """Σ x² and the count of each expert's tokens, from what its module is called with."""
+    """Σ x², Σ x xᵀ and the count of each expert's tokens, from what its module is called with."""
 
     def __init__(self, model: nn.Module) -> None:
         self.totals: dict[str, Tensor] = {}
+        self.grams: dict[str, Tensor] = {}
         self.counts: dict[str, list[int]] = {}
         for name, module in model.named_modules():
             if any(p.ndim == 3 and "experts" in name for p in module.parameters(recurse=False)):
@@ -58,8 +59,8 @@ class NaiveExperts:
             else:
                 gate, up = gate_up.chunk(2)
                 inner = up * module.act_fn(gate)
-            self.add(f"{name}.gate_up_proj", module, expert, x * x, axis)
-            self.add(f"{name}.down_proj", module, expert, inner * inner, axis)
+            self.add(f"{name}.gate_up_proj", module, expert, x, axis)
+            self.add(f"{name}.down_proj", module, expert, inner, axis)
 
     def routed(self, module: Any, args: tuple[Tensor, ...]) -> Iterator[tuple[int, Tensor]]:
         """Every (expert, its token)."""
@@ -71,15 +72,15 @@ class NaiveExperts:
         for token, slot in itertools.product(range(len(hidden)), range(index.shape[1])):
             yield int(index[token, slot]), hidden[token].double()
 
-    def add(
-        self, name: str, module: nn.Module, expert: int, square: Tensor, axis: int | None
-    ) -> None:
+    def add(self, name: str, module: nn.Module, expert: int, x: Tensor, axis: int | None) -> None:
         parameter = module.get_parameter(name.rpartition(".")[2])
         shape = [len(parameter)] + [1] * (parameter.ndim - 1)
         if axis:
             shape[axis] = parameter.shape[axis]
         total = self.totals.setdefault(name, torch.zeros(shape, dtype=torch.float64))
-        total[expert] += square.reshape(shape[1:])
+        total[expert] += (x * x).reshape(shape[1:])
+        outer = torch.outer(x, x).double()
+        self.grams.setdefault(name, outer.new_zeros(len(parameter), *outer.shape))[expert] += outer
         self.counts.setdefault(name, [0] * len(parameter))[expert] += 1
 
 

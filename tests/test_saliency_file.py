@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from checkpoints import write_saliency_file
 from mergekit_obim.errors import ObimError, SaliencyFileError, SaliencyNotFoundError
 from mergekit_obim.saliency.file import (
+    Gram,
     SaliencyFile,
     SaliencyMetadata,
     saliency_file_name,
@@ -80,6 +81,48 @@ def test_golden_file_is_read_back() -> None:
         assert torch.equal(file[name], tensor)
     assert "model.norm.weight" not in file
     file.check_values()
+
+
+GRAM_GOLDEN = GOLDEN.with_name("saliency-format-1-gram.safetensors")
+GRAM_ENTRIES = {
+    "a.weight": torch.tensor([[1.0, 2.0, 4.0]]),
+    "b.weight": torch.tensor([[1.0, 2.0, 4.0]]),
+    "e.down_proj": torch.tensor([[[1.0, 2.0]], [[3.0, 0.5]]]),
+    "e.1.down_proj": torch.tensor([[3.0, 0.5]]),
+    "sketch/a.weight": torch.tensor([[1.5, -2.0], [0.25, 1.0], [-4.0, 3.0]]),
+    "sketch/e.down_proj": torch.tensor([[[1.0, 0.5], [0.5, 2.0]], [[3.0, -1.0], [-1.0, 0.5]]]),
+}
+GRAM_METADATA = SaliencyMetadata(
+    form="factored",
+    model="./math",
+    gram=Gram(
+        columns=2,
+        test_matrix="signs-shake128",
+        inputs={
+            **dict.fromkeys(["a.weight", "b.weight"], "sketch/a.weight"),
+            **dict.fromkeys(["e.down_proj", "e.1.down_proj"], "sketch/e.down_proj"),
+        },
+        experts={"e.1.down_proj": 1},
+    ),
+)
+
+
+def test_golden_bytes_of_a_file_with_sketches(tmp_path: Path) -> None:
+    path = write(tmp_path / "new.safetensors", GRAM_ENTRIES, **dict(GRAM_METADATA))
+    assert path.read_bytes() == GRAM_GOLDEN.read_bytes()
+    file = SaliencyFile(GRAM_GOLDEN)
+    assert file.metadata == GRAM_METADATA
+    assert file.shapes.keys() == {name for name in GRAM_ENTRIES if "/" not in name}
+    file.check_values()
+    for name, wanted in {
+        "a.weight": GRAM_ENTRIES["sketch/a.weight"],
+        "b.weight": GRAM_ENTRIES["sketch/a.weight"],
+        "e.down_proj": GRAM_ENTRIES["sketch/e.down_proj"],
+        "e.1.down_proj": GRAM_ENTRIES["sketch/e.down_proj"][1],
+    }.items():
+        sketch = file.sketch(name)
+        assert sketch is not None
+        assert torch.equal(sketch, wanted)
 
 
 def test_safetensors_itself_reads_what_we_write(tmp_path: Path) -> None:

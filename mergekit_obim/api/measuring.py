@@ -27,7 +27,7 @@ from mergekit_obim.calibration.data.images import RowProcessor, placeholders
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.opening import check_vocabulary, length_limit
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.calibration.passes import run_through
+from mergekit_obim.calibration.products import run_with_products
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.recording import calibration_record, entries, pooled_warnings
 from mergekit_obim.calibration.resume import Checkpoint
@@ -289,9 +289,10 @@ def _measure_loaded(
     names = weight_names(model, stored.names)
     with _evaluating(model):
         try:
-            capture = run_through(
+            capture, products = run_with_products(
                 model,
                 data.sequences,
+                columns=calibration.sketch,
                 label=label,
                 batch_size=calibration.batch_size,
                 checkpoint=Checkpoint(folder / "saliency", {}),
@@ -309,7 +310,7 @@ def _measure_loaded(
             raise CalibrationError(
                 f"model {label}: its forward pass failed on calibration data: {quoted(error)}"
             ) from error
-    h, found = entries(model, capture, names, cast(Any, stored))
+    h, found = entries(model, capture, products, names, cast(Any, stored))
     if not h:
         raise CalibrationError(
             f"model {label}: not one of its weights could be scored: "
@@ -331,7 +332,11 @@ def _measure_loaded(
         mergekit_obim_version=__version__,
         **found,
     )
-    return ExpertSaliency({name: t.float().cpu() for name, t in sorted(h.items())}, metadata)
+    return ExpertSaliency(
+        {name: t.float().cpu() for name, t in sorted(h.items())},
+        metadata,
+        {products.entry(first): products.read(first) for first in products.seen_by},
+    )
 
 
 @contextmanager

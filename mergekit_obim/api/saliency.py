@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ class ExpertSaliency(Mapping[str, Tensor]):
             weight) or in dense form δ²·h (of the weight's own shape); float32, on the CPU.
         metadata: What a saliency file says beside that: the model, what it was measured on,
             which weights are unscored and why.
+        products: The entries of the file that ``metadata.gram`` names: sketches of the layers'
+            Gram matrices, or the matrices.
 
     Example:
         >>> import torch
@@ -38,6 +40,7 @@ class ExpertSaliency(Mapping[str, Tensor]):
 
     tensors: Mapping[str, Tensor]
     metadata: SaliencyMetadata
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.tensors[name]
@@ -84,7 +87,12 @@ def read_saliency(path: PathLike) -> ExpertSaliency:
     file = SaliencyFile(path)
     file.check_values()
     # Copies, as what the file maps must not be written to.
-    return ExpertSaliency({name: file[name].clone() for name in file.shapes}, file.metadata)
+    products = file.metadata.gram.entries if file.metadata.gram else ()
+    return ExpertSaliency(
+        {name: file[name].clone() for name in file.shapes},
+        file.metadata,
+        {name: file[name].clone() for name in products},
+    )
 
 
 def write_saliency(path: PathLike, tensors: Mapping[str, Tensor], **metadata: Any) -> Path:
@@ -131,9 +139,12 @@ def write_saliency(path: PathLike, tensors: Mapping[str, Tensor], **metadata: An
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         raise SaliencyFileError(f"{path}: metadata {place}: {first['msg']}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    entries = dict(tensors)
+    if isinstance(tensors, ExpertSaliency):
+        entries |= tensors.products
+    shapes = {name: tuple(tensor.shape) for name, tensor in entries.items()}
     try:
-        saliency_file.write_saliency(path, shapes, tensors.__getitem__, header)
+        saliency_file.write_saliency(path, shapes, entries.__getitem__, header)
     except ObimError:
         raise
     except OSError as error:

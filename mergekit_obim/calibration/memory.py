@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+
+import psutil
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
@@ -11,6 +14,9 @@ from torch import nn
 _CPU_TOKENS = 2048
 # Of a model that is read from the disk once for every pass, more.
 _CPU_TOKENS_OFFLOADED = 16384
+# The share of the memory that is free that Gram matrices may take: a quarter of theirs more is
+# needed to write them, and the activations want some too.
+_GRAM_SHARE = 0.5
 # On accelerators half as many are tried where these do not fit. More would gain nothing, and take
 # the inner activations of large models past 2**31 elements.
 _TOKENS = 32768
@@ -27,6 +33,20 @@ def most_tokens(model: nn.Module, device: torch.device) -> int:
         return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
+
+
+def gram_budget(device: torch.device) -> float:
+    """Return how many bytes of memory the Gram matrices of a run may take at a time.
+
+    Args:
+        device: Where the model computes, and sums are kept.
+    """
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        # Other processes of the run on this machine have the same share of its memory.
+        free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return _GRAM_SHARE * free
 
 
 def out_of_memory(error: Exception) -> bool:

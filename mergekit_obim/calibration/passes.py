@@ -6,8 +6,9 @@ Nothing is kept of a batch but its sums.
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
-from mergekit_obim.calibration.capture import CurvatureCapture, input_device
+from mergekit_obim.calibration.capture import Columns, CurvatureCapture, input_device
 from mergekit_obim.calibration.data.tokens import TokenSequence, next_batch
 from mergekit_obim.calibration.feeding import feed
 from mergekit_obim.calibration.memory import most_tokens, out_of_memory
@@ -34,6 +35,9 @@ def run_through(
     checkpoint: Checkpoint,
     ranks: Ranks,
     quiet: bool,
+    columns: Columns = 0,
+    budget: float = math.inf,
+    done: Collection[str] = (),
 ) -> CurvatureCapture:
     """Run the model over this process's share of the data, from the checkpoint on if there is one.
 
@@ -48,6 +52,9 @@ def run_through(
         checkpoint: Where sums are saved now and then.
         ranks: The processes that share the sequences. The first alone shows anything.
         quiet: Show no progress.
+        columns: How many columns of the Gram matrices are measured beside h.
+        budget: With ``full``, the most bytes that Gram matrices may take.
+        done: With ``full``, weights whose Gram matrix an earlier run has measured.
 
     Returns:
         The capture, with the sums over all sequences, of all processes.
@@ -58,43 +65,48 @@ def run_through(
         OtherProcessError: Another process has failed.
         Exception: Whatever the model's forward pass raises.
     """
-    capture = CurvatureCapture(model, skip_logits=True)
+    capture = CurvatureCapture(model, skip_logits=True, columns=columns, budget=budget, done=done)
     device = input_device(model)
     ordered = ranks.share(sorted(sequences, key=lambda row: len(row.ids), reverse=True))
     quiet = quiet or not ranks.first
     total = sum(len(row.ids) for row in ordered)
-    done, tokens = 0, most_tokens(model, device)
+    ran, tokens = 0, most_tokens(model, device)
     sums, unusable = checkpoint.load()
     if sums is not None:
-        done, tokens = sums.done, min(tokens, sums.tokens)
+        ran, tokens = sums.done, min(tokens, sums.tokens)
         capture.ledger.load_state(sums.state)
         del sums  # its tensors are the file's, mapped
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
         tqdm.write(line, file=sys.stderr)
-    gone = sum(len(row.ids) for row in ordered[:done])
-    if done and not quiet:
+    gone = sum(len(row.ids) for row in ordered[:ran])
+    if ran and not quiet:
         tqdm.write(f"{label}: goes on after {gone:,} tokens of an interrupted run", sys.stderr)
     with tqdm(
         total=total, initial=gone, desc=f"Measuring {label}", unit="tok", disable=quiet
     ) as progress:
-        while done < len(ordered):
-            longest = len(ordered[done].ids)
+        while ran < len(ordered):
+            longest = len(ordered[ran].ids)
             size = max(1, tokens // longest) if batch_size == "auto" else batch_size
-            rows = next_batch(ordered, done, size)
+            rows = next_batch(ordered, ran, size)
             ids = torch.tensor([row.ids for row in rows], device=device)
             images = rows[0].image_inputs() if rows[0].image_inputs else None
             may_not = batch_size == "auto" and len(rows) > 1
             if not _fits(model, ids, images, capture, may_not=may_not):
                 tokens = len(rows) // 2 * longest
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
+                if columns == "full":  # of which there is no copy to go back to
+                    capture.reset()
+                    ran = 0
+                    progress.reset()
                 clear_device_cache(garbage_collection=True)
                 continue
             ranks.check()
-            done += len(rows)
+            ran += len(rows)
             progress.update(len(rows) * longest)
-            if checkpoint.due():
-                checkpoint.save(Sums(done, tokens, capture.ledger.state()))
+            # What another run over the data goes on from has to outlive this one.
+            if checkpoint.due() or (ran == len(ordered) and capture.ledger.later):
+                checkpoint.save(Sums(ran, tokens, capture.ledger.state()))
     ranks.all_reduce(capture.ledger)
     return capture
 

@@ -143,22 +143,33 @@ class Ranks:
             return
         state = ledger.state()
         own, counts = state["totals"], state["rows"]
-        known = {key: (total.shape, counts[key]) for key, total in own.items()}
-        shapes: dict[str, torch.Size] = {}
+        known = {key: (total.shape, total.dtype, counts[key]) for key, total in own.items()}
+        shapes: dict[str, tuple[torch.Size, torch.dtype]] = {}
         rows: dict[str, torch.Tensor] = {}
         refused: dict[str, str] = {}
-        for theirs, reasons in self.all_gather((known, state["unaccounted"])):
-            refused = reasons | refused
-            for key, (shape, count) in theirs.items():
-                shapes[key] = shape
+        shared: dict[str, str] = {}
+        later: set[str] = set()
+        found = (known, state["unaccounted"], state["shared"], state["later"])
+        for theirs, reasons, first, left in self.all_gather(found):
+            refused, shared, later = reasons | refused, first | shared, later.union(left)
+            for key, (shape, dtype, count) in theirs.items():
+                shapes[key] = shape, dtype
                 rows[key] = torch.tensor(count) + rows.get(key, 0)
         totals = {}
-        for key, shape in shapes.items():  # in the same order everywhere
+        for key, (shape, dtype) in shapes.items():  # in the same order everywhere
             # A weight that no sequence of this process has reached adds nothing.
-            totals[key] = own[key].double() if key in own else torch.zeros(shape).double()
+            totals[key] = own[key].clone() if key in own else torch.zeros(shape, dtype=dtype)
             dist.all_reduce(totals[key])
         added = {key: count.tolist() for key, count in rows.items()}
-        ledger.load_state({"totals": totals, "rows": added, "unaccounted": refused})
+        ledger.load_state(
+            {
+                "totals": totals,
+                "rows": added,
+                "unaccounted": refused,
+                "shared": shared,
+                "later": sorted(later),
+            }
+        )
 
     def end(self, error: BaseException) -> NoReturn:
         """End this process after an error, so that only one process says what it was.

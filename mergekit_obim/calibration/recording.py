@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,16 @@ from mergekit_obim import __version__
 from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration
 from mergekit_obim.calibration.options import RunOptions
+from mergekit_obim.calibration.products import Products
 from mergekit_obim.errors import CalibrationError, RecipeError, SaliencyFileError, quoted
+from mergekit_obim.kernels.gram import TEST_MATRIX
 from mergekit_obim.kernels.scores import task_vector
 from mergekit_obim.models.names import stored_parts
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.recipe.experts import Expert
 from mergekit_obim.recipe.references import identity
-from mergekit_obim.saliency.file import SaliencyFile, SaliencyMetadata, write_saliency
+from mergekit_obim.saliency.file import Gram, SaliencyFile, SaliencyMetadata, write_saliency
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -78,6 +80,7 @@ def calibration_record(
         "template": data.template,
         # Only where it has a part in the measurement, so that other files stay as they are.
         **({"date": data.date} if data.date else {}),
+        **({"sketch": calibration.sketch} if calibration.sketch else {}),
         "dtype": str(dtype).removeprefix("torch."),
     }
 
@@ -113,6 +116,7 @@ def kept_file(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> Saliency
         f"calibration {name}"
         for name in sorted({*has.calibration, *wants.calibration})
         if has.calibration.get(name) != wants.calibration.get(name)
+        and not (name == "sketch" and _serves(has.calibration.get(name), wants))
     ]
     if not differing:
         return there
@@ -123,6 +127,12 @@ def kept_file(path: Path, wanted: SaliencyMetadata, overwrite: bool) -> Saliency
         f"{', '.join(differing).replace('fingerprint', 'set of weights')}); measure again with "
         "--overwrite, or write to another folder"
     )
+
+
+def _serves(sketch: object, wanted: SaliencyMetadata) -> bool:
+    """Return whether a file with a sketch holds what is wanted: it may be more than that."""
+    asked = wanted.calibration.get("sketch", 0)
+    return asked == 0 or (isinstance(sketch, int) and isinstance(asked, int) and sketch >= asked)
 
 
 def measurement(wanted: SaliencyMetadata) -> dict[str, object]:
@@ -148,6 +158,7 @@ def measurement(wanted: SaliencyMetadata) -> dict[str, object]:
 def entries(
     model: PreTrainedModel,
     capture: CurvatureCapture,
+    products: Products,
     names: Mapping[str, tuple[str, ...]],
     opened: OpenModel,
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -156,12 +167,14 @@ def entries(
     Args:
         model: The model that was run.
         capture: What was measured of its parameters.
+        products: What was measured of their inputs beside h.
         names: All names of each parameter, those of the checkpoint among them.
         opened: The model's checkpoint.
 
     Returns:
         h under every name that a merge may ask for it by, each broadcasting against its weight;
-        and the metadata that only the run could tell: weights without h, and counts of tokens.
+        and the metadata that only the run could tell: weights without h, counts of tokens, and
+        which entry has the products of which weight's input.
     """
     stored = set(opened.names)
     h: dict[str, torch.Tensor] = {}
@@ -175,12 +188,51 @@ def entries(
             tokens, pooled = list(curvature.experts), list(curvature.pooled)
             experts[parameter] = {"tokens": tokens, "pooled": pooled}
     unscored = {names[parameter][0]: reason for parameter, reason in capture.unscored().items()}
-    return h, {"unscored": unscored, "experts": experts}
+    found = {"unscored": unscored, "experts": experts}
+    if products.seen_by:
+        found["gram"] = _gram(model, capture, products, names, opened)
+    return h, found
+
+
+def _gram(
+    model: PreTrainedModel,
+    capture: CurvatureCapture,
+    products: Products,
+    names: Mapping[str, tuple[str, ...]],
+    opened: OpenModel,
+) -> Gram:
+    """Return which entry has the products of which weight's input, by all names of the weight."""
+    inputs: dict[str, str] = {}
+    expert_of: dict[str, int] = {}
+    stored, curvatures = set(opened.names), capture.curvatures()
+    for first, parameters in products.seen_by.items():
+        entry = products.entry(first)
+        for parameter in parameters:
+            inputs |= dict.fromkeys(names[parameter], entry)
+            if any(name in stored for name in names[parameter]):
+                continue
+            # Of each expert its number, in the place of its h: so the stored tensors tell theirs.
+            h, count = curvatures[parameter].h, len(curvatures[parameter].experts)
+            numbers = torch.arange(float(count)).view(-1, *[1] * (h.ndim - 1)) if count else h
+            for name, part in stored_parts(model, parameter, numbers, opened.shape).items():
+                if part.numel() not in (1, numbers.numel()):
+                    continue  # some of the input features only
+                inputs[name] = entry
+                if count and part.numel() == 1:
+                    expert_of[name] = int(part)
+    whole = products.columns == "full"
+    return Gram(
+        columns=products.columns,
+        test_matrix="" if whole else TEST_MATRIX,
+        inputs=inputs,
+        experts=expert_of,
+    )
 
 
 def write_measured(
     path: Path,
     h: Mapping[str, torch.Tensor],
+    products: Products,
     metadata: SaliencyMetadata,
     expert: OpenModel,
     base: OpenModel | None,
@@ -190,6 +242,7 @@ def write_measured(
     Args:
         path: Where to write.
         h: What :func:`entries` gives.
+        products: What was measured beside it.
         metadata: All of the file's metadata.
         expert: The expert's checkpoint.
         base: The base's checkpoint, for a dense file; None for a factored one.
@@ -204,11 +257,18 @@ def write_measured(
             f"model {metadata.model}: not one of its weights could be scored: "
             + "; ".join(sorted(set(metadata.unscored.values())))
         )
-    shapes: Mapping[str, torch.Size] = {name: x.shape for name, x in h.items()}
-    read = h.__getitem__
     if base:
         dense = _DenseScores(h, expert, base, _merge_dtype(metadata.calibration["merge_dtype"]))
-        shapes, read = dense.shapes, dense.read
+        shapes: Mapping[str, torch.Size] = dense.shapes
+        read: Callable[[str], torch.Tensor] = dense.read
+    else:
+        entry_of = {products.entry(first): first for first in products.seen_by}
+        shapes = {name: x.shape for name, x in h.items()}
+        shapes |= {entry: products.shapes[first] for entry, first in entry_of.items()}
+
+        def read(name: str) -> torch.Tensor:
+            return products.read(entry_of[name]) if name in entry_of else h[name]
+
     try:
         write_saliency(path, shapes, read, metadata)
     except OSError as error:

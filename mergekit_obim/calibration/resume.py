@@ -13,7 +13,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,12 +68,23 @@ class Checkpoint:
 
     def __init__(self, path: Path, measurement: Mapping[str, object], rank: int = 0):
         self.path = path.with_name(f".{path.name}.{rank}.sums")
-        self.measurement = {
-            words: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-            for words, value in measurement.items()
-        }
+        self.measurement = {words: _hash(value) for words, value in measurement.items()}
         self._interval = float(os.environ.get(INTERVAL, _DEFAULT_INTERVAL))
         self._next = time.monotonic() + self._interval
+
+    def of_part(self, part: int, done: Sequence[str]) -> Checkpoint:
+        """Return the checkpoint of a further run over the same data.
+
+        Args:
+            part: The number of the run; 0 for this checkpoint itself.
+            done: What earlier runs have measured, which this one leaves out.
+        """
+        if not part:
+            return self
+        other = copy(self)
+        other.path = self.path.with_name(f"{self.path.stem}-{part}.sums")
+        other.measurement = {**self.measurement, "earlier runs": _hash([part, *done])}
+        return other
 
     def load(self) -> tuple[Sums | None, str]:
         """Read the sums to go on from.
@@ -127,6 +139,10 @@ class Checkpoint:
             self._next = end + max(self._interval, _INTERVAL_PER_SAVING * (end - start))
 
 
+def _hash(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def remove_leftovers(path: Path, *, sums: bool = True) -> None:
     """Remove what killed runs left beside a saliency file.
 
@@ -134,7 +150,9 @@ def remove_leftovers(path: Path, *, sums: bool = True) -> None:
         path: The saliency file.
         sums: Whether to remove their sums as well, and not only half-written and offloaded files.
     """
-    left = r"(\d+\.sums\.)?\w+\.part|\d+\.offload" + (r"|\d+\.sums" if sums else "")
+    number = r"\d+(-\d+)?"
+    left = rf"({number}\.sums\.)?\w+\.part|\d+\.offload|{number}\.gram"
+    left += rf"|{number}\.sums" if sums else ""
     for found in path.parent.iterdir():
         if re.fullmatch(rf"\.{re.escape(path.name)}\.({left})", found.name):
             if found.is_dir():

@@ -18,7 +18,7 @@ from mergekit_obim.calibration.loading import does_not_fit, loaded
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.opening import read_calibration
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.calibration.passes import run_through
+from mergekit_obim.calibration.products import Products, run_with_products
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.recording import (
     cannot_be_written,
@@ -116,6 +116,11 @@ def prepare_expert(
     model = models[reference]
     data = read_calibration(expert, [reference, *([base] if base else [])], model.config, options)
     base_weights = None
+    if options.dense and expert.calibration.sketch:
+        raise CalibrationError(
+            f"model {expert.model}: a dense file holds δ²·h and no sketch: leave --dense out, or "
+            "give --sketch 0"
+        )
     if options.dense:
         if base is None:
             raise CalibrationError(
@@ -154,10 +159,10 @@ def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured |
             remove_leftovers(path, sums=kept)
         if kept:
             return _measured(prepared, prepared.kept) if prepared.kept else None
-        h, found = _run(prepared, options, ranks)
+        h, products, found = _run(prepared, options, ranks)
         if ranks.first:
             metadata = prepared.wanted.model_copy(update=found)
-            write_measured(path, h, metadata, prepared.model, prepared.base)
+            write_measured(path, h, products, metadata, prepared.model, prepared.base)
         ranks.barrier()
         remove_leftovers(path)
         ranks.barrier()  # so that the next to get the lock has the folder to itself
@@ -206,8 +211,12 @@ def _measured(prepared: Prepared, file: SaliencyFile) -> Measured:
 
 def _run(
     prepared: Prepared, options: RunOptions, ranks: Ranks
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Load the expert and run it; returns what :func:`~.recording.entries` does."""
+) -> tuple[dict[str, torch.Tensor], Products, dict[str, Any]]:
+    """Load the expert and run it.
+
+    Returns:
+        h, what was measured beside it, and metadata: see :func:`~.recording.entries`.
+    """
     label, path = prepared.expert.model, prepared.path
     calibration = prepared.expert.calibration
     # Each process sums up its own share of the data, which depends on how many there are.
@@ -231,9 +240,10 @@ def _run(
         # Before the run, which unties the tied among offloaded weights.
         names = weight_names(model, stored)
         try:
-            capture = run_through(
+            capture, products = run_with_products(
                 model,
                 prepared.data.sequences,
+                columns=calibration.sketch,
                 label=label,
                 batch_size=calibration.batch_size,
                 checkpoint=checkpoint,
@@ -248,4 +258,5 @@ def _run(
             raise CalibrationError(
                 f"model {label}: its forward pass failed on calibration data: {quoted(error)}"
             ) from error
-        return entries(model, capture, names, prepared.model)
+        h, found = entries(model, capture, products, names, prepared.model)
+        return h, products, found

@@ -90,6 +90,7 @@ class TwoUsages(GroupedHelp):
     cls=TwoUsages,
     groups={
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
+        "Correlations": ("sketch", "full_gram"),
         "Output": ("dense", "overwrite"),
         "Check": ("check", "fixed", "as_json"),
         "Combine": ("combine", "output"),
@@ -115,6 +116,17 @@ class TwoUsages(GroupedHelp):
     help="Of the forward pass  [default: the checkpoint's]",
 )
 @click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
+@click.option(
+    "--sketch",
+    type=click.IntRange(min=0),
+    help="Measure this many columns of each layer's Gram matrix too, for regmean  "
+    "[default: 16 if the recipe's method is regmean, else 0]",
+)
+@click.option(
+    "--full-gram",
+    is_flag=True,
+    help="Measure the whole Gram matrices, in bfloat16: larger than the model itself",
+)
 @click.option(
     "--dense", is_flag=True, help="Write full saliency tensors, as large as the model in fp32"
 )
@@ -174,6 +186,8 @@ def main(
     """
     if options["max_memory"] and not options["device_map"]:
         raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    if options["full_gram"] and options["sketch"] is not None:
+        raise click.UsageError("--full-gram has all columns that --sketch could ask for; leave it")
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
     start_logging(options.pop("verbosity"))
@@ -368,8 +382,9 @@ def _inspected(
 
 
 def _overrides(options: dict[str, Any]) -> dict[str, Any]:
-    names = ("samples", "max_length", "batch_size", "seed", "dtype")
-    return {name: options.pop(name) for name in names}
+    names = ("samples", "max_length", "batch_size", "seed", "dtype", "sketch")
+    overrides = {name: options.pop(name) for name in names}
+    return {**overrides, "sketch": "full"} if options.pop("full_gram") else overrides
 
 
 def _run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
@@ -405,31 +420,6 @@ def _device(asked: str | None, number: int) -> str:
             "--device out to take what there is"
         ) from error
     return device
-
-
-def read_recipe(path: Path) -> Mapping[str, Any]:
-    """A recipe as YAML has it.
-
-    Raises:
-        RecipeError: It is not YAML, no mapping, or several.
-    """
-    import yaml
-
-    try:
-        documents = list(yaml.safe_load_all(path.read_text(encoding="utf-8")))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
-    if len(documents) > 1:
-        raise RecipeError(
-            f"{path}: is a mergekit-multi recipe of {len(documents)} documents, which this command "
-            "does not read yet: give each stage a file of its own, without lines of ---"
-        )
-    recipe = documents[0] if documents else None
-    if not isinstance(recipe, dict):
-        raise RecipeError(
-            f"{path}: not a recipe: it should be a mapping with merge_method and models"
-        )
-    return recipe
 
 
 def _summary(measured: Measured) -> str:

@@ -32,6 +32,10 @@ _HUB_KEYS = ("config", "split", "revision")
 # Keys of one data source that may also stand beside `data`, for every source in it.
 _SOURCE_KEYS = (*_HUB_KEYS, "column", "images", "include_completion", "samples")
 
+# How many columns of each layer's Gram matrix are measured for a merge that reads them, unless the
+# recipe or the command line says another number.
+USUAL_SKETCH = 16
+
 _Positive = Annotated[int, Field(strict=True, ge=1)]
 
 
@@ -67,6 +71,12 @@ def _date(value: object) -> object:
     if type(value) is datetime.date:  # as YAML reads one; a datetime has a time of day
         return value
     raise ValueError("should be a date such as 2025-01-31")
+
+
+def _sketch(value: object) -> object:
+    if value == "full" or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("should be a whole number of at least 0, or 'full'")
 
 
 class DataSource(BaseModel):
@@ -117,6 +127,8 @@ class Calibration(BaseModel):
         packing: Join rows into full segments of ``max_length`` tokens.
         date: The date that a chat template is told if it asks for today's.
         dtype: The forward pass's dtype; ``None`` leaves it to the run.
+        sketch: How many columns of each layer's Gram matrix are measured beside its diagonal;
+            ``full`` for the matrix itself.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -128,6 +140,7 @@ class Calibration(BaseModel):
     packing: StrictBool = False
     date: Annotated[datetime.date, PlainValidator(_date)] = datetime.date(2025, 1, 1)
     dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
+    sketch: Annotated[int | Literal["full"], PlainValidator(_sketch)] = 0
 
     @model_validator(mode="before")
     @classmethod

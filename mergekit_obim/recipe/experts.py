@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from mergekit_obim.recipe.calibration import (
+    USUAL_SKETCH,
     Calibration,
     calibration_faults,
     entries_of,
@@ -95,11 +96,13 @@ def find_in_all(
     spelt = {identity(model): model for model in known}
     only = [spelt.get(identity(model), model) for model in only]
     unknown = [_unknown(model, known) for model in only if model not in known]
+    # One file serves all recipes, so what one of them reads is measured for all.
+    usual = {"sketch": USUAL_SKETCH} if any(map(_reads_sketches, documents)) else {}
     seen: dict[str, Calibration] = {}
     every: list[Experts] = []
     for document, found in zip(documents, parts, strict=True):
         wanted = {model: own for model, own in found.items() if not only or model in only}
-        experts = _read_experts(document, wanted, {} if wrong_options else options)
+        experts = _read_experts(document, wanted, usual, {} if wrong_options else options)
         for expert in list(experts.measured):
             if seen.setdefault(expert.model, expert.calibration) != expert.calibration:
                 experts.faults.append(_two_calibrations(document, found[expert.model][0]))
@@ -119,8 +122,18 @@ def _expert_parts(document: Document) -> dict[str, list[Part]]:
     return found
 
 
+def _reads_sketches(document: Document) -> bool:
+    """Return whether the recipe's merge method reads sketches of Gram matrices."""
+    parameters = document.content.get("parameters")
+    statistics = parameters.get("statistics") if isinstance(parameters, Mapping) else None
+    return document.content.get("merge_method") == "regmean" and statistics != "none"
+
+
 def _read_experts(
-    document: Document, found: Mapping[str, list[Part]], options: Mapping[str, Any]
+    document: Document,
+    found: Mapping[str, list[Part]],
+    usual: Mapping[str, Any],
+    options: Mapping[str, Any],
 ) -> Experts:
     faults = list(_unused(document))
     defaults, wrong_defaults = _read(document, (), document.content.get("calibration"), "")
@@ -138,7 +151,7 @@ def _read_experts(
             raw, label = part.content.get("calibration"), f"model {model}: "
             # The model's own keys first, so that they are checked even if it has no data.
             own, wrong = _read(document, part.path, raw, label)
-            whole = laid_over(defaults, own)
+            whole = {**usual, **laid_over(defaults, own)}
             if not wrong and entries_of(whole):
                 wrong = list(_faults(document, part.path, raw, whole, label))
             elif not wrong:

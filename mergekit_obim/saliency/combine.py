@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 
 from mergekit_obim import __version__
 from mergekit_obim.errors import SaliencyFileError
-from mergekit_obim.saliency.file import SaliencyFile, SaliencyMetadata, write_saliency
+from mergekit_obim.saliency.file import Gram, SaliencyFile, SaliencyMetadata, write_saliency
 
 
 def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
@@ -20,7 +19,8 @@ def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
     That is the h of one run over all of the data, were each expert's inputs the same in the
     merged model. Experts of a mixture count by the tokens that were routed to them. A tensor that
     one of the files lacks is left out, and named as unscored. The new file has no fingerprint, as
-    nobody measured the merged weights.
+    nobody measured the merged weights. Sketches of Gram matrices, or the matrices, are combined
+    where all files have them, to as many columns as the file with the fewest has.
 
     Args:
         paths: Two or more files in factored form.
@@ -71,8 +71,40 @@ def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
         mergekit_obim_version=__version__,
     )
     shapes = {name: first.shapes[name] for name in everywhere}
-    write_saliency(output, shapes, partial(_mean, files, tokens), metadata)
+    weight_of = {name: name for name in everywhere}
+    if (gram := _common_gram(files, everywhere)) is not None:
+        metadata = metadata.model_copy(update={"gram": gram})
+        for weight, entry in gram.inputs.items():
+            # A fused weight says how many tokens each of its experts saw.
+            if entry not in weight_of or weight in first.metadata.experts:
+                weight_of[entry] = weight
+        shapes |= {entry: tuple(first[entry].shape) for entry in gram.entries}
+
+    def read(entry: str) -> torch.Tensor:
+        return _mean(files, tokens, entry, weight_of[entry])
+
+    write_saliency(output, shapes, read, metadata)
     return SaliencyFile(output)
+
+
+def _common_gram(files: Sequence[SaliencyFile], weights: Collection[str]) -> Gram | None:
+    """Return what all files have of Gram matrices, if all have as many columns of them."""
+    grams = [file.metadata.gram for file in files if file.metadata.gram]
+    first = grams[0] if len(grams) == len(files) else None
+    if first is None or any(
+        (gram.columns, gram.test_matrix) != (first.columns, first.test_matrix) for gram in grams
+    ):
+        return None
+    # Entries are called after the weights that share them: other sharing has other names.
+    inputs = {
+        weight: entry
+        for weight, entry in first.inputs.items()
+        if weight in weights
+        and all(gram.inputs.get(weight) == entry for gram in grams)
+        and all(gram.experts.get(weight) == first.experts.get(weight) for gram in grams)
+    }
+    experts = {weight: number for weight, number in first.experts.items() if weight in inputs}
+    return first.model_copy(update={"inputs": inputs, "experts": experts}) if inputs else None
 
 
 def _tokens(file: SaliencyFile) -> int:
@@ -111,25 +143,28 @@ def _experts(files: Sequence[SaliencyFile], names: Sequence[str]) -> dict[str, A
     return experts
 
 
-def _mean(files: Sequence[SaliencyFile], tokens: Sequence[int], name: str) -> torch.Tensor:
-    """Return one tensor's mean, float32, of the shape that it has in every file.
+def _mean(
+    files: Sequence[SaliencyFile], tokens: Sequence[int], entry: str, weight: str
+) -> torch.Tensor:
+    """Return one entry's mean, float32, of the shape that it has in every file.
 
     Args:
-        files: All of the files, each with an entry for the tensor.
+        files: All of the files, each with that entry.
         tokens: How many tokens each file was measured on.
-        name: The tensor's name.
+        entry: The entry's name.
+        weight: The name of a weight that it belongs to, by which tokens of experts are counted.
     """
-    total, weight = torch.zeros(()), torch.zeros(())
+    total, seen_in_all = torch.zeros(()), torch.zeros(())
     for file, count in zip(files, tokens, strict=True):
-        counts = torch.tensor(float(count), dtype=torch.float64)
-        experts = file.metadata.experts.get(name)
-        if experts and all(name in other.metadata.experts for other in files):
+        counts, values = torch.tensor(float(count), dtype=torch.float64), file[entry].double()
+        experts = file.metadata.experts.get(weight)
+        if experts and all(weight in other.metadata.experts for other in files):
             # [experts, 1, …]. Where no file's tokens reached an expert, there is nothing to weigh
             # its h by but the tokens of the whole files.
             routed = torch.tensor(experts["tokens"], dtype=torch.float64)
-            seen = torch.tensor([o.metadata.experts[name]["tokens"] for o in files]).sum(0)
+            seen = torch.tensor([o.metadata.experts[weight]["tokens"] for o in files]).sum(0)
             counts = torch.where(seen > 0, routed, counts)
-            counts = counts.reshape(-1, *[1] * (len(file.shapes[name]) - 1))
-        total = total + counts * file[name].double()
-        weight = weight + counts
-    return (total / weight).float()
+            counts = counts.reshape(-1, *[1] * (values.ndim - 1))
+        total = total + counts * values
+        seen_in_all = seen_in_all + counts
+    return (total / seen_in_all).float()

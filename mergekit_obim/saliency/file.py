@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 
 from mergekit_obim.errors import RecipeError, SaliencyFileError, SaliencyNotFoundError, one_line
+from mergekit_obim.kernels.gram import TEST_MATRIX, unpack_triangle
 from mergekit_obim.saliency.fingerprint import Fingerprint
 
 FORMAT = "mergekit-obim-saliency"
@@ -29,8 +30,34 @@ FORMAT_VERSION = "1"
 # The name under which a model's own folder or repository carries its saliency.
 PUBLISHED_NAME = "obim_saliency.safetensors"
 _REQUIRED = ("format", "format_version", "form", "model")
-_JSON_KEYS = {"calibration", "unscored", "experts", "fingerprint"}
+_JSON_KEYS = {"calibration", "unscored", "experts", "fingerprint", "gram"}
+# Keys of the header that are left out where they say nothing, so that the bytes of other files stay
+# what they were.
+_IF_ANY = ("experts", "gram")
 _LONGEST_NAME = 120
+
+
+class Gram(BaseModel):
+    """What a file holds of the Gram matrices G = E[x xᵀ] of the layers' inputs, beside h.
+
+    Attributes:
+        columns: r, the columns of the sketches G Ω; ``full`` if the entries are G itself.
+        test_matrix: How Ω was drawn (``kernels.gram``); empty for G itself.
+        inputs: Weight -> the entry that holds the sketch, or the matrix, of its input.
+        experts: Of a weight that is one expert's of a mixture, which of the entry's experts it is.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    columns: int | Literal["full"]
+    test_matrix: str = ""
+    inputs: dict[str, str]
+    experts: dict[str, int] = {}
+
+    @property
+    def entries(self) -> set[str]:
+        """The names of the entries that are sketches or matrices."""
+        return set(self.inputs.values())
 
 
 class SaliencyMetadata(BaseModel):
@@ -47,6 +74,8 @@ class SaliencyMetadata(BaseModel):
         experts: For each fused weight of a mixture of experts, `tokens`, how many each expert
             saw, and `pooled`, the experts that saw too few and have the mean h over all.
         fingerprint: A sample of the values of each stored tensor of the measured checkpoint.
+        gram: Which entries are sketches of Gram matrices, or such matrices, and of which weights'
+            inputs; None if the file has none.
         mergekit_obim_version: The version that wrote the file.
     """
 
@@ -60,6 +89,7 @@ class SaliencyMetadata(BaseModel):
     unscored: dict[str, str] = {}
     experts: dict[str, dict[str, list[int]]] = {}
     fingerprint: dict[str, Fingerprint] = {}
+    gram: Gram | None = None
     mergekit_obim_version: str = ""
 
     @field_validator(*_JSON_KEYS, mode="before")
@@ -70,8 +100,9 @@ class SaliencyMetadata(BaseModel):
     def to_header(self) -> dict[str, str]:
         """Return the metadata as safetensors keeps them: all strings, structured values as JSON."""
         values = self.model_dump(mode="json")
-        if not self.experts:  # so that the bytes of other models' files stay what they were
-            del values["experts"]
+        for key in _IF_ANY:
+            if not values[key]:
+                del values[key]
         for key in values.keys() & _JSON_KEYS:
             values[key] = json.dumps(values[key], sort_keys=True)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
@@ -157,7 +188,8 @@ def write_saliency(
     Args:
         path: Where to write; its folder is made if needed.
         shapes: Shape of every entry.
-        read: Gives an entry, of any dtype and device; it is written as float32.
+        read: Gives an entry, of any dtype and device. It is written as float32, whole Gram
+            matrices as bfloat16.
         metadata: The file's metadata.
 
     Raises:
@@ -166,11 +198,12 @@ def write_saliency(
     """
     path = Path(path)
     header: dict[str, Any] = {"__metadata__": metadata.to_header()}
-    offset = 0
+    products, offset = metadata.gram.entries if metadata.gram else set(), 0
     for name in sorted(shapes):
-        size = 4 * math.prod(shapes[name])
+        dtype = _dtype_of(name, metadata)
+        size = dtype.itemsize * math.prod(shapes[name])
         header[name] = {
-            "dtype": "F32",
+            "dtype": _DTYPE_NAMES[dtype],
             "shape": list(shapes[name]),
             "data_offsets": [offset, offset + size],
         }
@@ -181,23 +214,35 @@ def write_saliency(
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
         for name in sorted(shapes):
-            tensor = read(name).detach().to("cpu", torch.float32).contiguous()
+            tensor = read(name).detach().to("cpu", _dtype_of(name, metadata)).contiguous()
             if tensor.shape != torch.Size(shapes[name]):
                 raise SaliencyFileError(
                     f"{path}: entry {name} has shape {list(tensor.shape)}, "
                     f"but {list(shapes[name])} was announced"
                 )
-            _check_values(tensor, path, metadata.model, name)
-            tensor.numpy().tofile(file)
+            _check_values(tensor, path, metadata.model, name, signed=name in products)
+            tensor.view(-1).view(torch.uint8).numpy().tofile(file)  # numpy has no bfloat16
 
 
-def _check_values(tensor: torch.Tensor, path: Path, model: str, name: str) -> None:
+_DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}
+
+
+def _dtype_of(entry: str, metadata: SaliencyMetadata) -> torch.dtype:
+    """Return the dtype of an entry: of 16 bits where it is a whole Gram matrix."""
+    gram = metadata.gram
+    whole = gram is not None and gram.columns == "full" and entry in gram.entries
+    return torch.bfloat16 if whole else torch.float32
+
+
+def _check_values(
+    tensor: torch.Tensor, path: Path, model: str, name: str, *, signed: bool = False
+) -> None:
     if not tensor.numel():
         return
     low, high = tensor.aminmax()
     # NaN compares false either way, so that one pass finds all that can be wrong.
-    if not (low >= 0 and high < math.inf):
-        found = "negative values" if low < 0 else "values that are not finite"
+    if not (low >= (-math.inf if signed else 0) and -math.inf < low and high < math.inf):
+        found = "negative values" if low < 0 and not signed else "values that are not finite"
         raise SaliencyFileError(
             f"{path}: the saliency of {name} (model {model}) has {found}; "
             "measure it again with obim-saliency --overwrite"
@@ -210,7 +255,7 @@ class SaliencyFile:
     Attributes:
         path: The file.
         metadata: Its metadata.
-        shapes: Shape of every entry.
+        shapes: Shape of every scored weight's entry.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
@@ -222,7 +267,8 @@ class SaliencyFile:
         Raises:
             SaliencyNotFoundError: There is no such file.
             SaliencyFileError: The file is truncated, is not a safetensors file or not of this
-                format and version, lacks a required key, or has entries that are not float32.
+                format and version, lacks a required key, has entries of another dtype than it must
+                have, or sketches that do not go with its metadata.
         """
         self.path = Path(path)
         if not self.path.is_file():
@@ -242,12 +288,43 @@ class SaliencyFile:
             ) from error
         self.metadata = self._parse(header)
         for name, view in slices.items():
-            if view.get_dtype() != "F32":
+            wanted = _dtype_of(name, self.metadata)
+            if view.get_dtype() != _DTYPE_NAMES[wanted]:
                 raise SaliencyFileError(
                     f"{self.path}: entry {name} (model {self.metadata.model}) is "
-                    f"{view.get_dtype()}; format {FORMAT_VERSION} wants float32"
+                    f"{view.get_dtype()}; format {FORMAT_VERSION} wants "
+                    f"{str(wanted).removeprefix('torch.')}"
                 )
-        self.shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
+        shapes = {name: tuple(view.get_shape()) for name, view in slices.items()}
+        products = self.metadata.gram.entries if self.metadata.gram else set()
+        self.shapes = {name: shape for name, shape in shapes.items() if name not in products}
+        self._check_gram({name: shapes.get(name) for name in products})
+
+    def _check_gram(self, shapes: Mapping[str, tuple[int, ...] | None]) -> None:
+        """Check that each sketch, or matrix, fits the h of the weights that it is said to be of."""
+        gram = self.metadata.gram
+        if gram is None:
+            return
+        for name, entry in gram.inputs.items():
+            shape, expert = shapes[entry] or (), gram.experts.get(name)
+            per_expert = len(shape) == (2 if gram.columns == "full" else 3)
+            experts = shape[0] if per_expert else 0
+            # h has a number for each input feature, of every expert that the weight has.
+            features = math.prod(self.shapes.get(name, (0,)))
+            if per_expert and expert is None:
+                features //= max(1, experts)
+            columns = (
+                (features * (features + 1) // 2,)
+                if gram.columns == "full"
+                else (features, min(gram.columns, features))
+            )
+            one_of_them = expert is None or 0 <= expert < experts
+            if not features or shape[per_expert:] != columns or not one_of_them:
+                raise SaliencyFileError(
+                    f"{self.path}: entry {entry} (model {self.metadata.model}) is not the Gram "
+                    f"matrix, or the sketch of it, that the h of {name} goes with; measure it "
+                    "again with obim-saliency --overwrite"
+                )
 
     def _parse(self, header: Mapping[str, str]) -> SaliencyMetadata:
         missing = [key for key in _REQUIRED if key not in header]
@@ -277,19 +354,25 @@ class SaliencyFile:
             ) from error
 
     def check_values(self) -> None:
-        """Read every entry once and check its values.
+        """Read every entry once, but for whole Gram matrices, and check its values.
 
         Raises:
             SaliencyFileError: An entry has negative or non-finite values.
         """
         for name in self.shapes:
             _check_values(self[name], self.path, self.metadata.model, name)
+        gram = self.metadata.gram
+        if (
+            gram and gram.columns != "full"
+        ):  # those are gigabytes: they are checked as they are read
+            for name in sorted(gram.entries):
+                _check_values(self[name], self.path, self.metadata.model, name, signed=True)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        """Return an entry, float32 on the CPU.
+        """Return an entry on the CPU, float32 unless it is a whole Gram matrix.
 
         It may be mapped from the file, so it must not be changed in place.
         """
@@ -300,3 +383,49 @@ class SaliencyFile:
         # Not get_slice(): that one follows torch's default device, which mergekit sets.
         tensor: torch.Tensor = file.get_tensor(name)
         return tensor
+
+    def sketch(self, name: str) -> torch.Tensor | None:
+        """Return Y = G Ω, G the Gram matrix of a weight's input (``kernels.gram``).
+
+        Args:
+            name: The weight's.
+
+        Returns:
+            [in, min(r, in)], or [experts, in, min(r, in)] of a weight that is several experts',
+            float32 on the CPU, perhaps mapped from the file; None if there is no sketch of it.
+
+        Raises:
+            SaliencyFileError: The sketch was made with an Ω that this version does not know.
+        """
+        gram = self.metadata.gram
+        if gram is None or gram.columns == "full" or name not in gram.inputs:
+            return None
+        if gram.test_matrix != TEST_MATRIX:
+            raise SaliencyFileError(
+                f"{self.path}: the sketches of model {self.metadata.model} were made with the test "
+                f"matrix {gram.test_matrix!r}, and this mergekit-obim knows {TEST_MATRIX!r}: "
+                "upgrade it, or measure the model again with obim-saliency --overwrite"
+            )
+        sketch, expert = self[gram.inputs[name]], gram.experts.get(name)
+        return sketch if expert is None else sketch[expert]
+
+    def gram(self, name: str) -> torch.Tensor | None:
+        """Return the Gram matrix G of a weight's input, if the file has it whole.
+
+        Args:
+            name: The weight's.
+
+        Returns:
+            [in, in], or [experts, in, in] of a weight that is several experts', float32 on the
+            CPU, with bfloat16's precision; None if there is none of it.
+
+        Raises:
+            SaliencyFileError: It has values that are not finite.
+        """
+        gram = self.metadata.gram
+        if gram is None or gram.columns != "full" or name not in gram.inputs:
+            return None
+        packed, expert = self[gram.inputs[name]], gram.experts.get(name)
+        packed = packed if expert is None else packed[expert]
+        _check_values(packed, self.path, self.metadata.model, name, signed=True)
+        return unpack_triangle(packed)

@@ -15,7 +15,7 @@ Read it in this order:
 ``weights``       recognising a weight in a tensor
 ``calls``         one operation, as handlers see it, and what they give back
 ``dense``, ``experts``, ``convolutions``  the handlers
-``squares``       Σ x², where equation 6 is computed
+``squares``       Σ x², where equation 6 is computed, and Σ x (xᵀΩ)
 ``ledger``        sums per weight, and h
 ``watch``         the dispatch mode that brings them together
 
@@ -34,6 +34,9 @@ Each handler cites its row of this table:
     tied          several of these        the sum of the terms, each with its own count
     ============  ======================  ======================================================
 
+Of a linear layer's input the whole Gram matrix G = E[x xᵀ] can be measured too, or a sketch G Ω of
+it (``kernels.gram``): h is its diagonal.
+
 A wrong number is worse than none: a weight that meets an operation without a handler, or a
 handler that cannot account for it, is named in :meth:`CurvatureCapture.unscored` and gets no h,
 whatever else it did. A further kind of weight is a further handler.
@@ -43,6 +46,7 @@ What stays out of sight: kernels that do not go through PyTorch's dispatcher (th
 """
 
 from mergekit_obim.calibration.capture.ledger import FEWEST_ROWS, Curvature, Ledger
+from mergekit_obim.calibration.capture.squares import Columns
 from mergekit_obim.calibration.capture.watch import CurvatureCapture, input_device
 
-__all__ = ["FEWEST_ROWS", "Curvature", "CurvatureCapture", "Ledger", "input_device"]
+__all__ = ["FEWEST_ROWS", "Columns", "Curvature", "CurvatureCapture", "Ledger", "input_device"]

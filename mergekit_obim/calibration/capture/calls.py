@@ -25,6 +25,8 @@ class Use(NamedTuple):
             against one expert's entry of it).
         rows: How many rows it is the sum over; of all experts of a fused weight int64 [experts].
         expert: The only expert that this is about, if it is one.
+        products: Of a linear layer, where a sketch is measured, computes Σ x (xᵀΩ), [in, r] or
+            [experts, in, r]. Weights that see one input share the memory of `total`.
     """
 
     weight: Weight
@@ -32,6 +34,7 @@ class Use(NamedTuple):
     total: Tensor
     rows: int | Tensor
     expert: int | None = None
+    products: Callable[[], Tensor] | None = None
 
 
 @dataclass

@@ -49,7 +49,8 @@ def linear_use(squares: Squares, view: View, axis: int | None, x: Tensor) -> Use
     """
     x = x.reshape(-1, x.shape[-1])
     total = squares.sum(view.weight, x).view(view.spread({axis: x.shape[1]}))
-    return Use(view.weight, f"linear {axis}", total, x.shape[0], view.expert)
+    products = partial(squares.products, x) if squares.columns and axis is not None else None
+    return Use(view.weight, f"linear {axis}", total, x.shape[0], view.expert, products)
 
 
 def _has_rows(view: View, x: Tensor) -> bool:

@@ -7,7 +7,8 @@ the parameter, are for the handlers of whole weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,17 +20,22 @@ from mergekit_obim.calibration.capture.squares import Squares
 from mergekit_obim.calibration.capture.weights import View
 
 
-def _use(view: View, axis: int | None, total: Tensor, rows: Tensor) -> Use:
+def _use(
+    squares: Squares, view: View, axis: int | None, groups: Sequence[Tensor], rows: Tensor
+) -> Use:
     """Return a fused weight's use.
 
     Args:
+        squares: Sums up.
         view: The weight.
         axis: The parameter's dim that the input features are along.
-        total: Σ x² of each expert's rows, [experts, in].
+        groups: Each expert's rows, [rows, in].
         rows: How many rows each expert had, int64 [experts].
     """
+    total = squares.each(view.weight, groups)
+    products = partial(squares.products_of_each, groups) if squares.columns else None
     shape = view.spread({0: total.shape[0], axis: total.shape[1]})
-    return Use(view.weight, f"linear {axis}", total.view(shape), rows)
+    return Use(view.weight, f"linear {axis}", total.view(shape), rows, None, products)
 
 
 def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
@@ -49,7 +55,7 @@ def on_grouped_mm(squares: Squares, call: Call) -> Iterator[Use]:
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     groups = x[: ends[-1]].split(counts)
     rows = torch.tensor(counts, device="cpu")
-    yield _use(view, view.axes[1], squares.each(view.weight, groups), rows)
+    yield _use(squares, view, view.axes[1], groups, rows)
 
 
 def on_bmm(squares: Squares, call: Call) -> Iterator[Use]:
@@ -66,7 +72,7 @@ def on_bmm(squares: Squares, call: Call) -> Iterator[Use]:
     axis = view.axes[1] if weight_is_right else view.axes[2]
     x = x if weight_is_right else x.mT
     rows = (x != 0).any(-1).sum(-1).cpu()
-    yield _use(view, axis, squares.each(view.weight, x.unbind(0)), rows)
+    yield _use(squares, view, axis, x.unbind(0), rows)
 
 
 HANDLERS: dict[Any, Handler] = {

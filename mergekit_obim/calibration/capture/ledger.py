@@ -7,7 +7,8 @@ taken back to where it was.
 
 from __future__ import annotations
 
-from collections import defaultdict
+import math
+from collections import defaultdict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +17,15 @@ import torch
 from torch import Tensor
 
 from mergekit_obim.calibration.capture.calls import Use
+from mergekit_obim.calibration.capture.weights import storage_of
 
 # An expert that saw fewer rows than this takes the mean over all of its layer's. A mean of n
 # squares is off by about √(2/n): by a quarter at 32, while features differ by factors.
 FEWEST_ROWS = 32
+# The row of a state under which sums of products stand, beside the kinds of use.
+_PRODUCTS = "products"
+# Uses of one input follow each other: q, k and v; gate and up.
+_RECENT = 8
 
 
 @dataclass(frozen=True)
@@ -58,12 +64,12 @@ class Term:
     rows: int | Tensor
 
     @classmethod
-    def like(cls, use: Use) -> Term:
+    def like(cls, use: Use, dtype: torch.dtype = torch.float64) -> Term:
         """Return an empty term to which this use and its like can be added."""
         # A batch is summed in float32, but there may be thousands of batches: in float64 adding
         # them up loses nothing that h, in float32, would show. Metal has no float64; its sums stay
         # float32.
-        dtype = torch.float32 if use.total.device.type == "mps" else torch.float64
+        dtype = torch.float32 if use.total.device.type == "mps" else dtype
         shape = list(use.total.shape)
         if use.expert is not None:
             shape.insert(0, use.weight.shape[0])
@@ -87,6 +93,10 @@ class Term:
     def all_rows(self) -> int:
         """Return how many rows it is the sum over, those of all experts together."""
         return int(self.rows.sum()) if isinstance(self.rows, Tensor) else self.rows
+
+    def rows_list(self) -> list[int]:
+        """Return how many rows it is the sum over, one number or one for each expert."""
+        return self.rows.tolist() if isinstance(self.rows, Tensor) else [self.rows]
 
     def experts(self) -> tuple[int, ...]:
         """Return how many rows each expert saw; nothing if experts are not told apart."""
@@ -119,14 +129,29 @@ class Term:
 class Ledger:
     """What a run has counted: sums for each parameter, and which parameters get no h, and why.
 
+    Attributes:
+        later: The weights whose products did not fit the budget, and were not counted.
+
     Args:
         names: The model's parameters, in its order; a tied one once.
+        budget: The most bytes of memory that sums of products may take, but for the first. With a
+            budget they are added up in float32, as they are large then.
+        done: Weights whose products need not be counted.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(
+        self, names: Iterable[str], budget: float = math.inf, done: Iterable[str] = ()
+    ) -> None:
         self._names = tuple(names)
+        self._budget = budget
         self._terms: defaultdict[str, dict[str, Term]] = defaultdict(dict)
         self._refused: dict[str, str] = {}
+        # Weights that see one input have one sum, under the name of the first of them.
+        self._products: dict[str, Term] = {}
+        self._first_to_see: dict[str, str] = {}
+        self._done = frozenset(done)
+        self.later: set[str] = set()
+        self._recent: deque[tuple[Tensor, str]] = deque(maxlen=_RECENT)
 
     def add(self, use: Use) -> None:
         """Add what one operation says of a weight."""
@@ -134,6 +159,47 @@ class Ledger:
         if use.row not in terms:
             terms[use.row] = Term.like(use)
         terms[use.row].add(use)
+        if use.products is not None and len(terms) == 1:
+            self._add_products(use)
+
+    def _add_products(self, use: Use) -> None:
+        name, sees = use.weight.name, storage_of(use.total)
+        if name not in self._first_to_see:
+            first = next((who for seen, who in self._recent if storage_of(seen) == sees), name)
+            self._first_to_see[name] = first
+        if self._first_to_see[name] != name:
+            return
+        self._recent.append((use.total, name))  # kept, so that no other sum gets its address
+        if name in self.later or name in self._done:
+            return
+        if name not in self._products and not self._has_room(use):
+            self.later.add(name)
+            return
+        assert use.products is not None
+        products = use._replace(total=use.products())
+        if name not in self._products:
+            dtype = torch.float64 if math.isinf(self._budget) else torch.float32
+            self._products[name] = Term.like(products, dtype)
+        self._products[name].add(products)
+
+    def _has_room(self, use: Use) -> bool:
+        """Return whether the Gram matrix of a weight's input, [in, in], fits the budget."""
+        if math.isinf(self._budget) or not self._products:
+            return True
+        counted = len(use.rows) if isinstance(use.rows, Tensor) else 1
+        experts = counted if use.expert is None else use.weight.shape[0]
+        features = use.total.numel() // counted
+        return self.products_nbytes() + 4 * experts * features**2 <= self._budget
+
+    def let_products_go(self) -> set[str]:
+        """Free the memory of all products; returns the weights that they were counted for."""
+        counted = set(self._products)
+        self._products.clear()
+        return counted
+
+    def products_nbytes(self) -> int:
+        """Return how much memory the sums of products take, in bytes."""
+        return sum(term.total.nbytes for term in self._products.values())
 
     def refuse(self, name: str, reason: str) -> None:
         """Give a parameter no h, whatever else is added; the first reason counts."""
@@ -168,36 +234,86 @@ class Ledger:
                 reasons[name] = "no token reached it in the calibration run"
         return reasons
 
+    def products(self) -> dict[str, tuple[str, ...]]:
+        """Return the weights whose inputs' products were measured, by the first to see each input.
+
+        Weights that share an input share its products. What was used in other ways too, or on
+        other inputs than the first to see them, is left out.
+        """
+        measured: dict[str, tuple[str, ...]] = {}
+        for name in self._names:
+            first = self._first_to_see.get(name, "")
+            if first not in self._products or self._refused.keys() & {name, first}:
+                continue
+            own, theirs = self._terms[name], self._terms[first]
+            if len(own) != 1 or len(theirs) != 1:
+                continue
+            [own_term], [term] = own.values(), theirs.values()
+            # Sums of squares are equal to the bit where all inputs were the same.
+            same = torch.equal(own_term.total.flatten(), term.total.flatten())
+            counted = self._products[first]
+            if same and counted.rows_list() == term.rows_list() == own_term.rows_list():
+                measured[first] = (*measured.get(first, ()), name)
+        return measured
+
+    def mean_products(self, name: str) -> Tensor:
+        """Return E[x (xᵀΩ)] of a weight's input: G Ω, float32, on the CPU.
+
+        Args:
+            name: A key of :meth:`products`.
+
+        Returns:
+            [in, r], or [experts, in, r]. An expert with too few rows has the mean over all.
+        """
+        return self._products[name].mean()
+
     def state(self) -> dict[str, Any]:
         """Return everything counted so far, in a form that can be saved.
 
         Returns:
             ``totals``: by ``kind:parameter``, tensors (float64, CPU), not copied where they are on
             the CPU anyway. ``rows``: by the same keys ints, or lists of ints for fused experts.
-            ``unaccounted``: by parameter, why it gets no h.
+            ``unaccounted``: by parameter, why it gets no h. ``shared``: by weight, the first to see
+            its input. ``later``: :attr:`later`, sorted.
         """
         terms = {
             f"{row}:{name}": term
             for name, by_row in self._terms.items()
             for row, term in by_row.items()
         }
+        terms |= {f"{_PRODUCTS}:{name}": term for name, term in self._products.items()}
         return {
             "totals": {key: term.total.cpu() for key, term in terms.items()},
             "rows": {key: list(term.experts()) or term.rows for key, term in terms.items()},
             "unaccounted": dict(self._refused),
+            "shared": dict(self._first_to_see),
+            "later": sorted(self.later),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on from what :meth:`state` gave for the same model."""
         self._terms.clear()
+        self._products.clear()
+        self._refused = dict(state["unaccounted"])
+        self._first_to_see = dict(state["shared"])
+        self.later = set(state["later"])
         for key, total in state["totals"].items():
             row, _, name = key.partition(":")
-            self._terms[name][row] = Term.from_state(total, state["rows"][key])
-        self._refused = dict(state["unaccounted"])
+            term = Term.from_state(total, state["rows"][key])
+            if row != _PRODUCTS:
+                self._terms[name][row] = term
+            elif name not in self.later:
+                self._products[name] = term
 
     def snapshot(self) -> Ledger:
-        """Return a copy, which does not change when this ledger is added to."""
-        copy = Ledger(self._names)
+        """Return a copy, which does not change when this ledger is added to.
+
+        With a budget it has no products: a second copy of them would break it.
+        """
+        copy = Ledger(self._names, self._budget, self._done)
+        copy._first_to_see, copy.later = dict(self._first_to_see), set(self.later)
+        if math.isinf(self._budget):
+            copy._products = {name: term.copy() for name, term in self._products.items()}
         for name, by_row in self._terms.items():
             copy._terms[name] = {row: term.copy() for row, term in by_row.items()}
         copy._refused = dict(self._refused)

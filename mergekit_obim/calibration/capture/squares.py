@@ -1,4 +1,4 @@
-"""Sums of squares of activations: the Σ x_j² of the paper's equation 6 (arXiv 2502.12217).
+"""Sums over activations: the Σ x_j² of the paper's equation 6 (arXiv 2502.12217), and Σ x (xᵀΩ).
 
 They are exact enough, fast, and computed once for all the weights that see one input.
 """
@@ -6,7 +6,8 @@ They are exact enough, fast, and computed once for all the weights that see one 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,10 @@ from mergekit_obim.calibration.capture.weights import (
     storage_of,
 )
 from mergekit_obim.errors import CalibrationError
+from mergekit_obim.kernels.gram import draw_test_matrix
+
+# How many columns of each layer's G Ω are measured: none, some, or G itself.
+Columns = int | Literal["full"]
 
 # Squares are taken in pieces of 1 MiB of float32, which stay in a CPU's cache: that costs less than
 # half of squaring everything at once. Accelerators want few large kernels instead.
@@ -37,12 +42,15 @@ class Squares:
 
     Args:
         model: Returns the model's name, for messages.
+        columns: How many columns :meth:`products` has.
     """
 
-    def __init__(self, model: Callable[[], str]) -> None:
+    def __init__(self, model: Callable[[], str], columns: Columns = 0) -> None:
         self._model = model
+        self.columns = columns
         # Input -> its sum; the reference keeps the storage's address unique.
-        self._sums: dict[tuple[Any, ...], tuple[StorageWeakRef, Tensor]] = {}
+        self._sums: _Sums = {}
+        self._products: _Sums = {}
         self._flags: list[tuple[str, Tensor]] = []
 
     def sum(
@@ -68,16 +76,31 @@ class Squares:
         """
         # The same place in the same storage is the same input, as long as nothing was written there
         # (`forget`) and the storage lives (the reference).
-        key = (storage_of(x), offset_of(x), layout_of(x), x.dtype)
+        key = _place(x)
         if normalise is None and key in self._sums:
             return self._sums[key][1]
         total = sum_of_squares(x, normalise)
         self.check(weight, total)
         if normalise is None:
-            self._sums[key] = (reference(x), total)
-            if len(self._sums) > _SHARED_INPUTS:
-                del self._sums[next(iter(self._sums))]
+            _keep(self._sums, key, x, total)
         return total
+
+    def products(self, x: Tensor) -> Tensor:
+        """Return Σ x (xᵀΩ) over the rows, the sum that a sketch of the Gram matrix is the mean of.
+
+        It is finite wherever Σ x² is, up to an overflow that :meth:`check` sees in the sum.
+
+        Args:
+            x: [rows, n], any real dtype; a view of the activations, whose :meth:`sum` was asked
+                for before.
+
+        Returns:
+            [n, r], float32 (float64); one tensor for all that ask for the same x.
+        """
+        key = _place(x)
+        if key not in self._products:
+            _keep(self._products, key, x, sum_of_products(x, self.columns))
+        return self._products[key][1]
 
     def each(self, weight: Weight, groups: Sequence[Tensor]) -> Tensor:
         """Return Σ x² over the rows of each of several inputs, as of experts.
@@ -95,6 +118,10 @@ class Squares:
         totals = torch.stack([sum_of_squares(x) for x in groups])
         self.check(weight, totals)
         return totals
+
+    def products_of_each(self, groups: Sequence[Tensor]) -> Tensor:
+        """Return Σ x (xᵀΩ) over the rows of each of several inputs, [groups, n, r]."""
+        return torch.stack([sum_of_products(x, self.columns) for x in groups])
 
     def check(self, weight: Weight, total: Tensor) -> None:
         """Note whether a sum is finite, and sooner or later raise if it is not.
@@ -125,13 +152,28 @@ class Squares:
 
     def forget(self, storage: int) -> None:
         """Forget the sums of inputs in a storage whose contents have changed."""
-        for known in [k for k in self._sums if k[0] == storage]:
-            del self._sums[known]
+        for sums in (self._sums, self._products):
+            for known in [k for k in sums if k[0] == storage]:
+                del sums[known]
 
     def clear(self) -> None:
         """Forget all sums and flags; those of a pass that failed say nothing of the next."""
         self._sums.clear()
+        self._products.clear()
         self._flags.clear()
+
+
+_Sums = dict[tuple[Any, ...], tuple[StorageWeakRef, Tensor]]
+
+
+def _place(x: Tensor) -> tuple[Any, ...]:
+    return (storage_of(x), offset_of(x), layout_of(x), x.dtype)
+
+
+def _keep(sums: _Sums, key: tuple[Any, ...], x: Tensor, total: Tensor) -> None:
+    sums[key] = (reference(x), total)
+    if len(sums) > _SHARED_INPUTS:
+        del sums[next(iter(sums))]
 
 
 def accumulation_dtype(x: Tensor) -> torch.dtype:
@@ -160,3 +202,29 @@ def sum_of_squares(x: Tensor, normalise: Callable[[Tensor], Tensor] | None = Non
             chunk = normalise(chunk)
         total += (chunk * chunk).sum(0)
     return total
+
+
+def sum_of_products(x: Tensor, columns: Columns) -> Tensor:
+    """Return Σ_t x_t (x_tᵀ Ω), which is X Xᵀ Ω: some columns' worth of equation 6's X Xᵀ.
+
+    Args:
+        x: [rows, n], any real dtype.
+        columns: r; where it is not less than n, or ``full``, Ω is the identity.
+
+    Returns:
+        [n, min(r, n)], of the :func:`accumulation_dtype`.
+    """
+    n, dtype = x.shape[1], accumulation_dtype(x)
+    whole = columns == "full" or columns >= n
+    omega = None if whole else _test_matrix(n, columns, dtype, x.device)
+    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
+    total = torch.zeros(n, n if omega is None else omega.shape[1], dtype=dtype, device=x.device)
+    for chunk in torch.split(x, max(1, elements // max(1, n))):
+        chunk = chunk.to(dtype)
+        total.addmm_(chunk.mT, chunk if omega is None else chunk @ omega)
+    return total
+
+
+@lru_cache(maxsize=64)  # a model's layers have a few widths
+def _test_matrix(n: int, columns: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return draw_test_matrix(n, columns).to(device, dtype)

@@ -9,7 +9,7 @@ are used, and anything else that is made of a weight bars it from a score.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mergekit_obim.calibration.capture import convolutions, dense, experts
 from mergekit_obim.calibration.capture.calls import Call, Handler, Lookup, Use, aten
 from mergekit_obim.calibration.capture.ledger import Curvature, Ledger
-from mergekit_obim.calibration.capture.squares import Squares
+from mergekit_obim.calibration.capture.squares import Columns, Squares
 from mergekit_obim.calibration.capture.weights import (
     View,
     Weight,
@@ -67,13 +67,25 @@ class CurvatureCapture(TorchDispatchMode):
         skip_logits: Measure the output head's input, but return logits of width zero instead of
             a [tokens, vocab] product. Tried first on a single token, twice: where it would change
             any other number, or break the forward, logits are built as usual.
+        columns: How many columns of G Ω to measure of each linear layer's input beside h, G its
+            Gram matrix (``kernels.gram``); ``full`` is G itself.
+        budget: With ``full``, the most bytes of memory to use for it; see :class:`Ledger`.
+        done: With ``full``, weights whose G has been measured.
 
     Raises:
         CalibrationError: From within the forward, on CPUs as soon as the input of a weight's
             operation is not finite; the message names the weight.
     """
 
-    def __init__(self, model: nn.Module, *, skip_logits: bool = False) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        skip_logits: bool = False,
+        columns: Columns = 0,
+        budget: float = math.inf,
+        done: Iterable[str] = (),
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._model = model
         self._shapes = {name: p.shape for name, p in model.named_parameters()}
@@ -86,7 +98,8 @@ class CurvatureCapture(TorchDispatchMode):
             for name, shape in self._shapes.items()
             if len(shape) == 3
         }
-        self.ledger = Ledger(self._shapes)
+        self._new_ledger = partial(Ledger, tuple(self._shapes), budget, frozenset(done))
+        self.ledger = self._new_ledger()
         self._before: Ledger | None = None  # to go back to, if the forward fails
         self._parameters: dict[int, list[Weight]] = {}  # by storage
         self._references: list[StorageWeakRef] = []  # keep their addresses unique
@@ -94,6 +107,7 @@ class CurvatureCapture(TorchDispatchMode):
         self._squares = Squares(lambda: getattr(model, "name_or_path", "") or type(model).__name__)
         self._stack = ExitStack()
         self._head = _skippable_head(model, self) if skip_logits else None
+        self._squares.columns = columns  # only now: the trial needs none
 
     @property
     def skips_logits(self) -> bool:
@@ -188,9 +202,9 @@ class CurvatureCapture(TorchDispatchMode):
                 self._remember(parameter, [*self._parameters.get(key, ()), *lying[key]])
         return result
 
-    def _reset(self) -> None:
+    def reset(self) -> None:
         """Start anew: nothing was counted, and nothing is known of what a forward left."""
-        self.ledger = Ledger(self._shapes)
+        self.ledger = self._new_ledger()
         self._passing.clear()
 
     # -- watching operations ------------------------------------------------------------------
@@ -433,7 +447,7 @@ def _skippable_head(model: nn.Module, capture: CurvatureCapture) -> nn.Linear | 
         except Exception:  # whatever it was: then the logits are built, and the run will tell
             return None
         states.append(capture.ledger.state())
-        capture._reset()
+        capture.reset()
     full, without = states
     same = all(full[key] == without[key] for key in ("rows", "unaccounted")) and all(
         torch.equal(total, without["totals"][key]) for key, total in full["totals"].items()
