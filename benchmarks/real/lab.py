@@ -85,7 +85,7 @@ class Merge:
         shared: Shared parameters; a rival's settings.
         each: Parameters of every expert.
         mixed: Experts are calibrated on rows of all tasks instead of their own.
-        statistics: What the method reads: ``""`` nothing, ``h``, ``sketch`` or ``fisher``.
+        statistics: What the method reads: ``""`` nothing, ``measured`` or ``fisher``.
     """
 
     method: str
@@ -313,8 +313,7 @@ class Lab:
             "dtype": "float32",
         }
         path = _write(folder.with_suffix(".yml"), recipe)
-        options = ("--sketch", SKETCH) if kind == "sketch" else ()
-        command("obim-saliency", path, folder, *options)
+        command("obim-saliency", path, folder, "--sketch", SKETCH)
         path.unlink()
         return folder
 
@@ -327,7 +326,7 @@ class Lab:
 
 OURS = ("obim", "ties_obm", "obm_sign", "regmean_diag", "regmean", "consensus_ta", "pcb")
 BASELESS = ("linear", "karcher")
-SKETCH = 64
+SKETCH = 16
 
 
 def runs(tasks: Sequence[str]) -> dict[str, Run]:

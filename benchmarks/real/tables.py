@@ -134,23 +134,30 @@ def methods(experts: int) -> dict[str, Method]:
         "RegMean, full Gram": _method(
             "regmean_full", {}, *_over(keep=(0.1, 0.5, 0.99))
         ),
+        "RegMean, sketch": _method(
+            "regmean", {}, *_over(shrink=(0.8,), stretch=(1.0, 1.3)), {"stretch": 1.3},
+            statistics="measured", ours=True,
+        ),
+        "RegMean, no data": _method(
+            "regmean", {"statistics": "none"}, {"statistics": "none", "stretch": 1.3}, ours=True
+        ),
         "RegMean, diagonal": _method(
-            "regmean_diag", {}, *_over(lambda_=(1.4, 2.0)), statistics="h", ours=True
+            "regmean_diag", {}, *_over(lambda_=(1.4, 2.0)), statistics="measured", ours=True
         ),
         "OBIM": _method(
-            "obim", {}, *_over(density=(0.1, round(share / 2, 4))), statistics="h", ours=True
+            "obim", {}, *_over(density=(0.1, round(share / 2, 4))), statistics="measured", ours=True
         ),
         "OBIM by magnitude": _method(
             "obim", magnitude, {**magnitude, "density": 0.1},
             {**magnitude, "density": round(share / 2, 4)}, ours=True,
         ),
-        "least_error": _method("obim", least, statistics="h", ours=True),
-        "nearest": _method("obim", nearest, *stretches(), statistics="h", ours=True),
+        "least_error": _method("obim", least, statistics="measured", ours=True),
+        "nearest": _method("obim", nearest, *stretches(), statistics="measured", ours=True),
         "TIES + OBM": _method(
-            "ties_obm", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5)), statistics="h", ours=True
+            "ties_obm", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5)), statistics="measured", ours=True
         ),
         "Sign by saliency": _method(
-            "obm_sign", {}, *_over(density=(0.2, 0.5)), statistics="h", ours=True
+            "obm_sign", {}, *_over(density=(0.2, 0.5)), statistics="measured", ours=True
         ),
     }  # fmt: skip
 
