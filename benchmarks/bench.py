@@ -35,7 +35,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks import kernels
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.saliency.file import SaliencyMetadata, saliency_file_name, write_saliency
+from mergekit_obim.kernels.gram import TEST_MATRIX, draw_test_matrix
+from mergekit_obim.saliency.file import (
+    Gram,
+    SaliencyMetadata,
+    saliency_file_name,
+    write_saliency,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "performance.md"
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -59,12 +65,13 @@ def llama(size: str) -> LlamaConfig:
 
 
 def write_models(folder: Path, config: LlamaConfig, experts: int) -> list[str]:
-    """A random base and fine-tunes of it, bf16, each with a factored saliency file."""
+    """A random base and fine-tunes of it, bf16, each with a factored saliency file and sketches."""
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in LlamaForCausalLM(config).named_parameters()}
     names = ["base", *(f"expert{k}" for k in range(experts))]
     for number, name in enumerate(names):
         path = folder / name
+        write_measured(folder / "saliency" / saliency_file_name(str(path)), path, shapes, number)
         if (path / "model.safetensors").exists():
             continue
         path.mkdir(parents=True, exist_ok=True)
@@ -78,21 +85,31 @@ def write_models(folder: Path, config: LlamaConfig, experts: int) -> list[str]:
         config.save_pretrained(path)
         save_file(tensors, path / "model.safetensors.part", metadata={"format": "pt"})
         (path / "model.safetensors.part").rename(path / "model.safetensors")
-        h = {weight: torch.rand(1, shape[-1]) + 0.1 for weight, shape in shapes.items()}
-        h = {weight: x if len(shapes[weight]) > 1 else x[0] for weight, x in h.items()}
-        write_saliency(
-            folder / "saliency" / saliency_file_name(str(path)),
-            {weight: x.shape for weight, x in h.items()},
-            h.__getitem__,
-            SaliencyMetadata(form="factored", model=str(path)),
-        )
     return [str(folder / name) for name in names]
+
+
+def write_measured(path: Path, model: Path, shapes: dict[str, torch.Size], seed: int) -> None:
+    """A saliency file of random inputs: h of every weight, and sketches of 16 columns."""
+    generator, entries = torch.Generator().manual_seed(seed), {}
+    inputs = {name: f"sketch of {name}" for name, s in shapes.items() if len(s) == 2}
+    for name, shape in shapes.items():
+        x = torch.randn(64, shape[-1], generator=generator)
+        h = x.square().mean(0)
+        entries[name] = h[None] if name in inputs else h
+        if name in inputs:
+            omega = draw_test_matrix(shape[-1], 16)
+            entries[inputs[name]] = x.T @ (x @ omega) / len(x)
+    gram = Gram(columns=16, test_matrix=TEST_MATRIX, inputs=inputs)
+    metadata = SaliencyMetadata(form="factored", model=str(model), gram=gram)
+    shapes_of = {name: entry.shape for name, entry in entries.items()}
+    write_saliency(path, shapes_of, entries.__getitem__, metadata)
 
 
 def recipe(method: str, models: list[str], folder: Path) -> dict[str, Any]:
     """A merge of the same models by one of the methods that are compared."""
     share = round(1 / (len(models) - 1), 6)
-    own: dict[str, Any] = {"weight": share} if method == "linear" else {"density": share}
+    means = ("linear", "regmean")
+    own: dict[str, Any] = {"weight": share} if method in means else {"density": share}
     if method in ("ties", "dare_ties"):
         own["weight"] = share
     result: dict[str, Any] = {
@@ -102,7 +119,7 @@ def recipe(method: str, models: list[str], folder: Path) -> dict[str, Any]:
     }
     if method != "linear":
         result["base_model"] = models[0]
-    if method == "obim":
+    if method in ("obim", "regmean"):
         result["parameters"] = {"saliency": str(folder / "saliency")}
     return result
 
@@ -217,7 +234,8 @@ def measure_part(part: str, cache: Path, smoke: bool, runs: int) -> Any:
     size = "smoke" if smoke else "full"
     folder = (cache / size).resolve()
     if part == "whole_runs":
-        methods = ["linear", "ties"] if smoke else ["linear", "dare_ties", "ties", "obim"]
+        methods = ["linear", "dare_ties", "ties", "obim", "regmean"]
+        methods = ["linear", "ties", "regmean"] if smoke else methods
         return {"3 experts": whole_runs(folder, size, 1 if smoke else runs, 3, methods)}
     if part == "more_experts":
         count, methods = (4, ["obim"]) if smoke else (8, ["ties", "obim"])
@@ -282,7 +300,15 @@ def _kernels_table(kernel: dict[str, Any]) -> list[str]:
         f"| kernel | time, in copies of the tensor as float32 ({copy:.0f} ms) |",
         "|---|---|",
         *(f"| {text} | {kernel[name]:.1f} |" for name, text in what.items()),
+        *_regmean_lines(kernel),
     ]
+
+
+def _regmean_lines(kernel: dict[str, Any]) -> list[str]:
+    if "regmean_over_linear" not in kernel:  # figures of before there was the method
+        return []
+    ratio = kernel["regmean_over_linear"]
+    return ["", f"`regmean` by sketches of 16 columns takes {ratio:.2f} times as long as `linear`."]
 
 
 def _growth_table(rows: list[dict[str, Any]]) -> list[str]:

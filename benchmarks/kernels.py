@@ -15,10 +15,14 @@ from collections.abc import Callable
 
 import click
 import torch
+from mergekit.merge_methods.api import merge_tensors
 
 from mergekit_obim.kernels.blocks import blocks, one_thread, scratch
+from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.iterative import iterative_owners
 from mergekit_obim.kernels.merging import merge_owned
+from mergekit_obim.kernels.nystrom import nystrom_factor
+from mergekit_obim.kernels.regmean_gram import Gram, Layers, merge_regmean_layers
 from mergekit_obim.kernels.scores import Candidate, Magnitude, RandomScores, Saliency
 from mergekit_obim.kernels.selection import all_free, claim_top
 
@@ -35,6 +39,35 @@ def median_time(work: Callable[[], object], device: torch.device, repeats: int) 
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     return statistics.median(times[1:])
+
+
+def median_ratio(
+    work: Callable[[], object], peer: Callable[[], object], device: torch.device, repeats: int
+) -> float:
+    """Median of the time of some work over that of its peer, which take turns.
+
+    On a CPU it is the processor's time, which other processes lengthen less than the wall's.
+    """
+    clock = time.process_time if device.type == "cpu" else time.perf_counter
+
+    def timed(what: Callable[[], object]) -> float:
+        start = clock()
+        what()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return clock() - start
+
+    ratios = [timed(work) / timed(peer) for _ in range(repeats + 1)]
+    return statistics.median(ratios[1:])
+
+
+def sketched_layers(columns: int, r: int) -> Layers:
+    """What a saliency file knows of a layer's inputs; its factor is made at each merge."""
+    generator = torch.Generator().manual_seed(columns)
+    inputs = torch.randn(4 * r, columns, generator=generator)
+    h = inputs.square().mean(0)
+    sketch = inputs.T @ (inputs @ draw_test_matrix(columns, r)) / len(inputs)
+    return lambda _: Gram(h, nystrom_factor(sketch, h))
 
 
 @one_thread()
@@ -82,6 +115,13 @@ def measure(rows: int, columns: int, experts: int, device: torch.device, repeats
     owner = iterative_owners(candidates, density, range(experts))
     merge = median_time(lambda: merge_owned(base, tuned, owner, [1.0] * experts), device, repeats)
     result["merge"] = merge / copy
+    layers = [sketched_layers(columns, 16)] * experts
+    result["regmean_over_linear"] = median_ratio(
+        lambda: merge_regmean_layers(base, tuned, -1, layers, [1.0] * experts, 0.95, 1.0),
+        lambda: merge_tensors(tuned, "linear", parameters={"weight": 1.0}),
+        device,
+        repeats,
+    )
     # What must move: the base and every expert in, the merged tensor out, 2 bytes each; the
     # copy moves 4 bytes in and 4 out per element.
     must_move = (experts + 2) * 2 / 8

@@ -94,6 +94,7 @@ def test_defaults() -> None:
         "packing": False,
         "date": datetime.date(2025, 1, 1),
         "dtype": None,
+        "sketch": 0,
     }
 
 

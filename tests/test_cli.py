@@ -74,6 +74,7 @@ def test_help_is_grouped_and_loads_nothing_heavy() -> None:
     sections = dict(re.findall(r"^(\w[\w ]*):\n((?:  .*\n|\n)+)", done.stdout, re.MULTILINE))
     options = {
         "Calibration": "--samples --max-length --batch-size --seed --dtype --model",
+        "Correlations": "--sketch --full-gram",
         "Output": "--dense --overwrite --quiet -v",
         "Check": "--check --fix --json",
         "Combine": "--combine -o",

@@ -30,6 +30,8 @@ import commands
 import reference
 import tiny_models
 from commands import CODE_ROWS, MATH_ROWS, World, succeed
+from mergekit_obim.kernels.gram import draw_test_matrix
+from mergekit_obim.saliency.file import SaliencyFile
 from tiny_tokenizers import EOS, VOCAB_SIZE, byte_ids, byte_tokenizer
 
 Tensors = dict[str, Tensor]
@@ -255,6 +257,43 @@ def test_every_method_merges(world: World, tmp_path: Path, method: str) -> None:
         for name, weight in base.items()
     }
     commands.same_tensors(merged, expected)
+
+
+@pytest.mark.parametrize("options", [["--sketch", 5], ["--full-gram"], []])
+def test_regmean_of_what_the_pre_pass_measured(
+    world: World, tmp_path: Path, options: list[Any]
+) -> None:
+    """By sketches, by matrices, and by what it measures for a recipe of this method."""
+    recipe = world.recipe(merge_method="regmean", models=world.models(), parameters={})
+    out = measure(recipe, tmp_path, *options)
+    merged = merge(recipe, tmp_path)
+    base = checkpoints.read_checkpoint(world.base)
+    experts = [checkpoints.read_checkpoint(expert) for expert in world.experts]
+    files = [SaliencyFile(world.saliency_of(expert, out)) for expert in world.experts]
+    for name, weight in base.items():
+        own = [expert[name] for expert in experts]
+        h = [file[name] for file in files]
+        if "proj" not in name and "lm_head" not in name:
+            told = [reference.Expert(t, h=x) for t, x in zip(own, h, strict=True)]
+            assert torch.equal(merged[name], reference.regmean_diag(weight, told)), name
+            continue
+        estimates = []
+        for file in files:
+            estimate = file.gram(name)
+            sketch = file.sketch(name)
+            assert (estimate is None) == (options != ["--full-gram"])
+            if sketch is not None:
+                omega = draw_test_matrix(*sketch.shape).double()
+                sketch = sketch.double()
+                core = torch.linalg.pinv(omega.T @ sketch, hermitian=True, rtol=1e-6)
+                estimate = sketch @ core @ sketch.T
+            assert estimate is not None
+            estimate = 0.95 * estimate.double()
+            estimate.diagonal().copy_(file[name][0])
+            estimates.append(estimate)
+        expected = reference.regmean(weight, own, estimates, [1.0, 1.0])
+        step = float((expected - weight).abs().max())
+        torch.testing.assert_close(merged[name].double(), expected, rtol=0, atol=1e-3 * step)
 
 
 @pytest.mark.parametrize("order", ["rotation", "recipe"])

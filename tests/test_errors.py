@@ -163,7 +163,7 @@ def test_unusable_saliency(
     assert str(world.math) not in message
 
 
-METHODS_WITH_SALIENCY = ("obim", "ties_obm", "obm_sign", "regmean_diag")
+METHODS_WITH_SALIENCY = ("obim", "ties_obm", "obm_sign", "regmean_diag", "regmean")
 
 
 @pytest.mark.parametrize("method", METHODS_WITH_SALIENCY)

@@ -102,6 +102,39 @@ print(json.dumps({"bytes_per_element": extra}))
 """
 
 
+SKETCHES = """
+from mergekit_obim.kernels.nystrom import nystrom_factor
+from mergekit_obim.kernels.gram import draw_test_matrix
+from mergekit_obim.kernels.regmean_gram import Gram, merge_regmean_layers
+
+shape, generator = (4096, 14336), torch.Generator().manual_seed(0)
+base = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.002, generator=generator)
+experts, layers = [], []
+for k in range(3):
+    expert = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.001, generator=generator)
+    experts.append(expert.add_(base))
+    inputs = torch.randn(64, shape[1], generator=generator)
+    h, omega = inputs.square().mean(0), draw_test_matrix(shape[1], 16)
+    factor = nystrom_factor(inputs.T @ (inputs @ omega) / 64, h)
+    layers.append(lambda _, gram=Gram(h, factor): gram)
+before = resident("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")
+merged = merge_regmean_layers(base, experts, -1, layers, [1.0] * 3, 0.95, 1.0)
+extra = (resident("VmHWM") - before) / base.numel()
+rows = merged[:64].double() - base[:64].double()
+grams = [known(0) for known in layers]
+# The equations hold: sum of (D - delta) G is 0 but for the rounding of the result to bfloat16.
+pull = scale = 0
+for expert, gram in zip(experts, grams):
+    off = rows - (expert[:64].double() - base[:64].double())
+    u, h = gram.factor, gram.h.double()
+    part = 0.95 * (off @ u) @ u.T + off * (h - 0.95 * u.square().sum(1))
+    pull, scale = pull + part, scale + part.square().mean()
+assert pull.square().mean() < 0.01 * scale, (pull.square().mean(), scale)
+print(json.dumps({"bytes_per_element": extra}))
+"""
+
+
 def run(code: str) -> dict[str, float]:
     command = [sys.executable, "-c", PEAK + code]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -113,6 +146,10 @@ def run(code: str) -> dict[str, float]:
 
 def test_a_large_embedding_needs_8_bytes_an_element_beside_its_inputs() -> None:
     assert 3 <= run(EMBEDDING)["bytes_per_element"] <= 8  # the owners' map and the result are 3
+
+
+def test_sketches_of_a_wide_layer_need_little_beside_its_inputs() -> None:
+    assert 2 <= run(SKETCHES)["bytes_per_element"] <= 4  # the result is 2
 
 
 def test_indices_beyond_31_bits() -> None:

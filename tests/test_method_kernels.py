@@ -26,7 +26,7 @@ from mergekit_obim.errors import UnscorableError
 from mergekit_obim.kernels import backend, blocks
 from mergekit_obim.kernels.baselines.consensus import merge_consensus
 from mergekit_obim.kernels.baselines.pcb import merge_pcb
-from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
+from mergekit_obim.kernels.least_error import least_error_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.regmean import merge_regmean
 from mergekit_obim.kernels.scores import Candidate, GivenScores, Magnitude, Saliency
@@ -141,15 +141,6 @@ def test_what_is_chosen_is_nearest_to_the_stretched_mean(stretch: float) -> None
     values = torch.cat([deltas, base[None]])
     nearest = (values - target).abs().argmin(0)
     assert torch.equal(owner, torch.where(nearest == 4, FREE, nearest))
-
-
-def test_the_stretch_gives_a_mean_the_length_of_one() -> None:
-    """Of orthogonal vectors of one length, whatever the weights."""
-    vectors = torch.eye(3, dtype=torch.float64)
-    for weights in ([1.0, 1.0, 1.0], [1.0, 2.0, 0.5], [1.0, 0.0, 0.0]):
-        mean = sum(w * v for w, v in zip(weights, vectors, strict=True)) / sum(weights)
-        assert stretch_to_one(weights) * float(mean.norm()) == pytest.approx(1)
-    assert stretch_to_one([0.0, 0.0]) == 1
 
 
 @settings(SETTINGS, max_examples=60)

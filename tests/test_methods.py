@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -111,6 +110,7 @@ class Case:
     dtype: torch.dtype | None = None
     out_dtype: torch.dtype | None = None
     form: str = "factored"
+    auto: bool = False  # the stretch is what the whole model's task vectors come to
 
     @property
     def merged_by(self) -> str:
@@ -132,6 +132,8 @@ def expected_merge(family: Family, case: Case) -> Tensors:
             case.tune(name, k, expert)
             experts.append(expert)
         settings = dict(case.reference)
+        if case.auto:
+            settings["stretch"] = reference.cosines(family.base_tensors, family.expert_tensors)
         if case.merged_by == "obim":
             settings["layer"] = reference.layer_index(name, family.layers)
         merged = getattr(reference, case.merged_by)(base, experts, **settings)
@@ -254,17 +256,24 @@ CASES = {
     "least error, bfloat16": Case(
         WEIGHED, LEAST, tune=weighed, top={"dtype": "bfloat16"}, dtype=torch.bfloat16
     ),
-    "nearest": Case(shared=NEAREST),
-    "nearest, by default the root of three": Case(
-        shared=NEAREST, reference={"stretch": math.sqrt(3)}
-    ),
+    "nearest": Case(shared=NEAREST, auto=True),
+    "nearest, asked for the default": Case(shared={**NEAREST, "stretch": "auto"}, auto=True),
     "nearest, weighed": Case(
-        WEIGHED, {**NEAREST, "lambda": 0.7}, tune=weighed, reference={"lambda_": 0.7}
+        WEIGHED, {**NEAREST, "lambda": 0.7}, tune=weighed, reference={"lambda_": 0.7}, auto=True
+    ),
+    "nearest, by filter": Case(
+        shared={**NEAREST, "stretch": [{"filter": "no such", "value": 1.0}, {"value": "auto"}]},
+        auto=True,
+    ),
+    "nearest, by gradient": Case(
+        shared={**NEAREST, "stretch": [2.5, 2.5]}, reference={"stretch": 2.5}
     ),
     "nearest, stretched": Case(
         shared={**NEAREST, "stretch": 3.0}, reference={"stretch": 3.0}, form="dense"
     ),
-    "nearest, a norm left out": Case(shared={**NEAREST, "unscored": "base"}, tune=norms_barred),
+    "nearest, a norm left out": Case(
+        shared={**NEAREST, "unscored": "base"}, tune=norms_barred, auto=True
+    ),
     "least error by magnitude": Case(
         shared={**LEAST, "criterion": "magnitude"}, tune=by_magnitude, form="none"
     ),
@@ -275,22 +284,33 @@ CASES = {
         [{}, {"criterion": "magnitude"}, {}], LEAST, tune=second_by_magnitude
     ),
     "least error, unscored base": Case(shared={**LEAST, "unscored": "base"}, tune=norms_barred),
-    "regmean": Case(method="regmean_diag"),
-    "regmean, dense": Case(method="regmean_diag", form="dense"),
-    "regmean, weighed": Case(
+    "diagonal": Case(method="regmean_diag"),
+    "diagonal, dense": Case(method="regmean_diag", form="dense"),
+    "diagonal, weighed": Case(
         WEIGHED,
         {"lambda": 0.7},
         method="regmean_diag",
         tune=weighed,
         reference={"lambda_": 0.7},
     ),
-    "regmean, bfloat16": Case(
+    "diagonal, stretched": Case(
+        shared={"stretch": 1.5}, method="regmean_diag", reference={"stretch": 1.5}
+    ),
+    "diagonal, stretched by what was measured": Case(
+        WEIGHED,
+        {"lambda": 0.7, "stretch": "auto"},
+        method="regmean_diag",
+        tune=weighed,
+        reference={"lambda_": 0.7},
+        auto=True,
+    ),
+    "diagonal, bfloat16": Case(
         method="regmean_diag", top={"dtype": "bfloat16"}, dtype=torch.bfloat16
     ),
-    "regmean, one by magnitude": Case(
+    "diagonal, one by magnitude": Case(
         [{}, {"criterion": "magnitude"}, {}], method="regmean_diag", tune=second_by_magnitude
     ),
-    "regmean, unscored base": Case(
+    "diagonal, unscored base": Case(
         shared={"unscored": "base"}, method="regmean_diag", tune=norms_barred
     ),
     "sign": Case(method="obm_sign"),
@@ -331,7 +351,13 @@ CASES = {
 }
 
 
-ONLY_RECIPES = ("the paper's norms", "density by filter", "density by gradient")
+ONLY_RECIPES = (
+    "the paper's norms",
+    "density by filter",
+    "density by gradient",
+    "nearest, by filter",
+    "nearest, by gradient",
+)
 
 
 def shared_settings(family: Family, case: Case) -> dict[str, Any]:
@@ -402,7 +428,15 @@ def test_modules_with_gradients_are_merged(family: Family) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["density and weight", "least error", "regmean, weighed", "consensus, balanced"]
+    "name",
+    [
+        "density and weight",
+        "least error",
+        "nearest, weighed",
+        "diagonal, weighed",
+        "diagonal, stretched by what was measured",
+        "consensus, balanced",
+    ],
 )
 def test_mergekit_pytorch_is_the_reference(name: str, family: Family, tmp_path: Path) -> None:
     case = CASES[name]
@@ -479,7 +513,7 @@ def test_registering_again_changes_nothing() -> None:
     after = {method.spec.name: method for method in merge_methods.registered_methods()}
     assert after == before
     assert merge_methods.get("obim") is before["obim"]
-    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "consensus_ta", "pcb"}
+    ours = {"obim", "ties_obm", "obm_sign", "regmean_diag", "regmean", "consensus_ta", "pcb"}
     assert ours == {method.spec.name for method in METHODS} <= set(before)
 
 
@@ -652,7 +686,7 @@ def test_fallbacks_are_warned_of_by_name(
     assert not caplog.records, "what a recipe asks for is no fallback"
 
 
-@pytest.mark.parametrize("name", ["tensor_name", "vocabulary_rows", "layer", "densty"])
+@pytest.mark.parametrize("name", ["tensor_name", "vocabulary_rows", "layer", "cosines", "densty"])
 @pytest.mark.parametrize("where", ["shared", "model"])
 def test_parameters_that_are_not_for_recipes_are_refused(
     name: str, where: str, family: Family, tmp_path: Path

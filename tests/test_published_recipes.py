@@ -103,6 +103,10 @@ REFUSED: dict[str, dict[str, list[str]]] = {
         "17-task-arithmetic-negative": ["model B has weight -0.5", "0 or more"],
         "24-linear-four-heads": ["no base_model"],
     },
+    "regmean": {
+        "17-task-arithmetic-negative": ["model B has weight -0.5", "0 or more"],
+        "24-linear-four-heads": ["no base_model"],
+    },
 }
 # The parameters of other methods, in the order of the recipe; a method of ours may have some.
 FOREIGN = {

@@ -6,6 +6,7 @@ point: each model's name becomes the folder of a tiny checkpoint of the same arc
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import (
 )
 
 from commands import mergekit_yaml, obim_saliency, succeed
+from mergekit_obim.kernels.gram import TEST_MATRIX
 from mergekit_obim.recipe import Document
 from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.recipe.experts import find_experts
@@ -70,6 +72,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     "filtered.yml": {f"./models/{name}": qwen2 for name in ("base", "chat", "math")},
     "least-error.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
     "nearest.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
+    "regmean.yml": {f"./models/{name}": llama for name in ("base", "chat", "math", "code")},
 }
 ADAPTERS = {"lora.yml": ("./adapters/math", "./adapters/code")}
 
@@ -99,13 +102,22 @@ def save_adapter(base: PreTrainedModel, folder: Path) -> None:
     adapter.save_pretrained(folder)
 
 
-def save_saliency(folder: Path, model: str, shapes: dict[str, torch.Size]) -> None:
-    """A file by any tool: h for every weight, per token for the embeddings."""
+def save_saliency(
+    folder: Path, model: str, shapes: dict[str, torch.Size], columns: int = 0
+) -> None:
+    """A file by any tool: h for every weight, per token for the embeddings, and sketches if any."""
     h = {
         name: torch.rand((shape[0], 1) if "embed" in name else (1, *shape[1:]))
         for name, shape in shapes.items()
     }
     header = {"format": "mergekit-obim-saliency", "format_version": "1", "form": "factored"}
+    if columns:
+        linear = [name for name, shape in shapes.items() if len(shape) == 2 and "embed" not in name]
+        inputs = {name: f"sketch of {name}" for name in linear}
+        for name, entry in inputs.items():
+            h[entry] = torch.randn(shapes[name][1], min(columns, shapes[name][1]))
+        gram = {"columns": columns, "test_matrix": TEST_MATRIX, "inputs": inputs}
+        header["gram"] = json.dumps(gram)
     folder.mkdir(exist_ok=True)
     save_file(h, folder / saliency_file_name(model), metadata={**header, "model": model})
 
@@ -140,8 +152,10 @@ def test_the_recipe_is_planned_without_complaint(
         assert isinstance(expert.calibration, Calibration)
         stand_in = expert.model.split("+")[0]
         weights = load_file(in_folder / stand_in / "model.safetensors")
-        shapes = {name: weight.shape for name, weight in weights.items()}
-        save_saliency(in_folder / "saliency", expert.model, shapes)
+        shapes = {key: weight.shape for key, weight in weights.items()}
+        columns = expert.calibration.sketch
+        assert columns == (16 if name == "regmean.yml" else 0)
+        save_saliency(in_folder / "saliency", expert.model, shapes, columns)
 
     planned = plan(recipe)
 
@@ -189,12 +203,19 @@ def check_nearest(planned: Planned) -> None:
         assert list(planned.of(name, "weight").values()) == [1.0, 1.0, 1.0]
 
 
+def check_regmean(planned: Planned) -> None:
+    for name, task in planned.tasks.items():
+        assert (task.parameters["shrink"], task.parameters["stretch"]) == (0.95, 1.0)
+        assert list(planned.of(name, "weight").values()) == [1.0, 2.0, 1.0]
+
+
 CHECKS: dict[str, Any] = {
     "llama2-13b-sft.yml": check_sft,
     "qwen2-7b-post-pretraining.yml": check_post_pretraining,
     "filtered.yml": check_filtered,
     "least-error.yml": check_least_error,
     "nearest.yml": check_nearest,
+    "regmean.yml": check_regmean,
 }
 
 

@@ -8,6 +8,7 @@ over the base on its own task, the share that the merge kept,
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -128,14 +129,15 @@ class Merge:
 
     def needs_saliency(self) -> bool:
         """Whether the method reads saliency files under these settings."""
-        return self.method in SALIENCY_METHODS and "criterion" not in self.shared
+        unread = "criterion" in self.shared or self.shared.get("statistics") == "none"
+        return self.method in SALIENCY_METHODS and not unread
 
     def settings(self) -> dict[str, Any]:
         """All parameters, for a table."""
         return {**self.shared, **self.each, **self.by_expert}
 
 
-SALIENCY_METHODS = ("obim", "ties_obm", "regmean_diag", "obm_sign")
+SALIENCY_METHODS = ("obim", "ties_obm", "regmean_diag", "regmean", "obm_sign")
 Scores = dict[str, dict[str, float]]  # "loss" and "accuracy" -> task -> value
 
 
@@ -337,6 +339,16 @@ class Lab:
         part = self.scores_path.with_suffix(".part")
         part.write_text(json.dumps(self.known))
         part.replace(self.scores_path)
+
+
+def random_text(lab: Lab) -> str:
+    """Write rows of random printable characters: every one is a token of its own."""
+    path = lab.folder / "data/random.jsonl"
+    generator = random.Random(lab.seed)
+    printable = [chr(code) for code in range(32, 127)]
+    rows = ("".join(generator.choices(printable, k=400)) for _ in range(200))
+    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    return str(path)
 
 
 def _share(checkpoint: str) -> float:

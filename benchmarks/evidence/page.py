@@ -177,4 +177,6 @@ FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "count": _count,
     "answers": _by_task("correct answers"),
     "forgetting": _by_task("loss"),
+    "correlations": _by_task("merge"),
+    "correlations_one_run": _by_task("loss"),
 }

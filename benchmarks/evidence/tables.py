@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
-import random
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge
+from benchmarks.evidence.correlations import table_correlations, table_correlations_one_run
+from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge, random_text
 from benchmarks.evidence.variants import table_variants
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.saliency.file import SaliencyFile, write_saliency
@@ -193,7 +192,7 @@ def table_source(lab: Lab) -> dict[str, Any]:
         "its own task": lab.data("math"),
         "another task (code)": lab.data("code"),
         "both": [{"data": lab.data(task), "samples": half} for task in ("math", "code")],
-        "random tokens": _random_text(lab),
+        "random tokens": random_text(lab),
     }
     return {
         way: {
@@ -204,16 +203,6 @@ def table_source(lab: Lab) -> dict[str, Any]:
             ("OBIM", OBIM), ("OBIM, nearest", methods()["OBIM, nearest"].default)
         )
     }  # fmt: skip
-
-
-def _random_text(lab: Lab) -> str:
-    """Rows of random printable characters: every one is a token of its own."""
-    path = lab.folder / "data/random.jsonl"
-    generator = random.Random(lab.seed)
-    printable = [chr(code) for code in range(32, 127)]
-    rows = ("".join(generator.choices(printable, k=400)) for _ in range(200))
-    path.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
-    return str(path)
 
 
 def table_samples(lab: Lab) -> dict[str, Any]:
@@ -309,4 +298,6 @@ TABLES: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "count": table_count,
     "answers": table_answers,
     "forgetting": table_forgetting,
+    "correlations": table_correlations,
+    "correlations_one_run": table_correlations_one_run,
 }

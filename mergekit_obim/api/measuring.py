@@ -24,6 +24,7 @@ from mergekit_obim.api.arguments import PathLike, calling, refuse, run_options
 from mergekit_obim.api.saliency import ExpertSaliency, read_saliency
 from mergekit_obim.calibration.data import prepare
 from mergekit_obim.calibration.data.images import RowProcessor, placeholders
+from mergekit_obim.calibration.data.self_written import writing_of
 from mergekit_obim.calibration.memory import out_of_memory
 from mergekit_obim.calibration.opening import check_vocabulary, length_limit
 from mergekit_obim.calibration.options import RunOptions
@@ -33,6 +34,7 @@ from mergekit_obim.calibration.recording import calibration_record, entries, poo
 from mergekit_obim.calibration.resume import Checkpoint
 from mergekit_obim.calibration.run import measure as measure_prepared
 from mergekit_obim.calibration.run import prepare_expert
+from mergekit_obim.calibration.writing import cannot_write, write_rows
 from mergekit_obim.errors import (
     CalibrationError,
     CheckpointError,
@@ -81,8 +83,9 @@ def measure(
             dtype that it is, in eval mode, and left as it was found.
         data: What to run it on: a list of texts, of conversations (each a list of messages) or
             of rows (mappings such as ``{"prompt": …}``), all of which are used unless
-            ``samples`` says how many; or a file, the name of a data set, or a mapping, as the
-            ``calibration`` of a recipe has them.
+            ``samples`` says how many; or a file, the name of a data set, ``"self"`` for rows
+            that the expert writes itself, or a mapping, as the ``calibration`` of a recipe has
+            them.
         tokenizer: Of a loaded model, which needs it; for data with images the processor. A
             folder or a name on the Hub has its own.
         name: What to call the model in messages and in the metadata.
@@ -280,7 +283,8 @@ def _measure_loaded(
         return processor
 
     limit = length_limit(tokenizer, config)
-    data = prepare(calibration, tokenizer, label, limit, find_processor)
+    own_rows = _own_rows(model, label, tokenizer, calibration, limit, quiet=quiet)
+    data = prepare(calibration, tokenizer, label, limit, find_processor, own_rows)
     check_vocabulary(label, data, config)
     # The steps of its save_pretrained.
     untied = remove_tied_weights_from_state_dict(model.state_dict(), model)
@@ -337,6 +341,32 @@ def _measure_loaded(
         metadata,
         {products.entry(first): products.read(first) for first in products.seen_by},
     )
+
+
+def _own_rows(
+    model: PreTrainedModel,
+    label: str,
+    tokenizer: PreTrainedTokenizerBase,
+    calibration: Calibration,
+    limit: int | None,
+    *,
+    quiet: bool,
+) -> list[list[int]]:
+    """Have a model write the rows of its own that it is to be measured on, if there are any."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    try:
+        writing = writing_of(calibration, tokenizer, type(model), model.config, ends, limit)
+        if writing is None:
+            return []
+        with _evaluating(model):
+            return [row.ids for row in write_rows(model, writing, label=label, quiet=quiet)]
+    except Exception as error:
+        if out_of_memory(error):
+            raise DeviceMemoryError(
+                f"model {label}: what it keeps as it writes its own rows does not fit "
+                f"{model.device}; try a smaller max_length"
+            ) from error
+        raise cannot_write(label, error) from error
 
 
 @contextmanager

@@ -242,7 +242,7 @@ def _merge_state_dicts(
         # mergekit wants a value for each expert, or one for all.
         default = parameters.get(key, defaults[key])
         parameters[key] = {name: own[name].get(key, default) for name in experts}
-    if "saliency" in defaults:
+    if "saliency" in defaults and parameters.get("statistics") != "none":
         _check_all_have_saliency({**defaults, **parameters}, list(experts))
     # Of tied weights one is merged, and goes by all its names again: ranked one by one, they
     # would come apart.

@@ -24,12 +24,12 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         ids: [sequences, tokens], int64, on the model's device; no padding.
         images: What the model's processor gives beside the ids for one row with images.
     """
-    with _full_precision():
+    with full_precision():
         _feed(model, ids, images)
 
 
 @contextmanager
-def _full_precision() -> Iterator[None]:
+def full_precision() -> Iterator[None]:
     """Makes torch compute in full float32 precision, and choose deterministic convolutions.
 
     Otherwise the environment would decide: some containers set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE,

@@ -5,20 +5,25 @@ Whatever it lacks is the base's. No model is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import transformers
 from mergekit.common import ModelPath, ModelReference
-from transformers import AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoProcessor, AutoTokenizer, GenerationConfig, ProcessorMixin
 from transformers.utils.hub import cached_file
 from transformers.utils.import_utils import is_torchvision_available
 
 from mergekit_obim.calibration.data import TokenizedCalibration, prepare
 from mergekit_obim.calibration.data.images import RowProcessor, placeholders, require_pillow
+from mergekit_obim.calibration.data.self_written import Writing, writing_of
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.errors import CalibrationError, quoted
-from mergekit_obim.models.opened import refuse_code
+from mergekit_obim.models.opened import OpenModel, refuse_code
+from mergekit_obim.recipe.calibration import SELF, Calibration
 from mergekit_obim.recipe.experts import Expert
 
 if TYPE_CHECKING:
@@ -31,38 +36,107 @@ _TOKENIZER_FILES = (
 _PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
-def read_calibration(
+@dataclass(frozen=True)
+class CalibrationReader:
+    """Reads what an expert is to be measured on.
+
+    Attributes:
+        expert: The expert, with its calibration.
+        tokenizer: Its own, or the base's.
+        config: The model's configuration.
+        find_processor: Gives its processor, or the base's; None if it takes no images.
+        writing: What it is to write itself, if its calibration asks for that.
+    """
+
+    expert: Expert
+    tokenizer: PreTrainedTokenizerBase
+    config: PretrainedConfig
+    find_processor: Callable[[], RowProcessor | None]
+    writing: Writing | None
+
+    def read(self, own_rows: Sequence[list[int]] | None = None) -> TokenizedCalibration:
+        """Read and tokenize the data.
+
+        Args:
+            own_rows: The token ids of the rows that the expert has written itself. None leaves
+                these out, if it has yet to write them.
+
+        Raises:
+            CalibrationError: The data cannot be read or used, or has tokens that the model does
+                not know.
+        """
+        calibration = self.expert.calibration
+        if self.writing and own_rows is None:
+            others = tuple(source for source in calibration.sources if not source.is_self)
+            calibration = calibration.model_copy(update={"sources": others})
+        data = TokenizedCalibration([], 0, "", [])
+        if calibration.sources:
+            data = self._prepared(calibration, own_rows or ())
+        if self.writing and Path(SELF).exists():
+            data.warnings.append(
+                f"data: {SELF} means the rows that it writes itself; for what is here under that "
+                f"name write ./{SELF}"
+            )
+        return data
+
+    def _prepared(
+        self, calibration: Calibration, own_rows: Sequence[list[int]]
+    ) -> TokenizedCalibration:
+        label = self.expert.model
+        data = prepare(
+            calibration,
+            self.tokenizer,
+            label,
+            length_limit(self.tokenizer, self.config),
+            self.find_processor,
+            own_rows,
+        )
+        check_vocabulary(label, data, self.config)
+        return data
+
+
+def open_calibration(
     expert: Expert,
     references: Sequence[ModelReference],
-    config: PretrainedConfig,
+    model: OpenModel,
     options: RunOptions,
-) -> TokenizedCalibration:
-    """Read and tokenize the data that an expert is to be measured on.
+) -> CalibrationReader:
+    """Find what an expert's data is read with, and what it is to write itself.
 
     Args:
         expert: The expert, with its calibration.
         references: Where to look for a tokenizer and a processor: the expert, then the base.
-        config: The expert's configuration.
+        model: The expert's checkpoint.
         options: Where downloads are kept, and whether code that comes with a model may run.
 
     Raises:
-        CalibrationError: The data cannot be read or used, there is no tokenizer that can be
-            loaded, or it makes tokens that the model does not know.
+        CalibrationError: There is no tokenizer that can be loaded, or the expert is to write rows
+            and cannot.
     """
     # The files of an adapter are its own: it may have brought tokens that its model lacks.
     places = [
         place for reference in references for place in (reference.lora, reference.model) if place
     ]
     tokenizer = _tokenizer(expert.model, places, options)
-    data = prepare(
-        expert.calibration,
-        tokenizer,
-        expert.model,
-        length_limit(tokenizer, config),
-        cache(lambda: _processor(places, options, config, tokenizer)),
-    )
-    check_vocabulary(expert.model, data, config)
-    return data
+    config = model.config
+    writing = None
+    try:
+        if any(source.is_self for source in expert.calibration.sources):
+            kind = getattr(transformers, (config.architectures or [""])[0], None)
+            limit, ends = length_limit(tokenizer, config), _ends(model)
+            writing = writing_of(expert.calibration, tokenizer, kind, config, ends, limit)
+    except CalibrationError as error:
+        raise CalibrationError(f"model {expert.model}: {error.message}") from error
+    processor = cache(lambda: _processor(places, options, config, tokenizer))
+    return CalibrationReader(expert, tokenizer, config, processor, writing)
+
+
+def _ends(model: OpenModel) -> Any:
+    """Return the tokens at which the model's own settings end a text."""
+    try:
+        return GenerationConfig.from_pretrained(str(model.folder)).eos_token_id
+    except OSError:  # not every model has the file
+        return None
 
 
 def _tokenizer(label: str, places: list[ModelPath], options: RunOptions) -> PreTrainedTokenizerBase:

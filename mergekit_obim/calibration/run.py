@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,15 @@ from mergekit.common import ModelReference
 from tqdm import tqdm
 
 from mergekit_obim.calibration.data import TokenizedCalibration
+from mergekit_obim.calibration.data.self_written import read_rows, save_rows
 from mergekit_obim.calibration.loading import does_not_fit, loaded
 from mergekit_obim.calibration.memory import out_of_memory
-from mergekit_obim.calibration.opening import read_calibration
+from mergekit_obim.calibration.opening import CalibrationReader, open_calibration
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.products import Products, run_with_products
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.recording import (
+    calibration_record,
     cannot_be_written,
     entries,
     expected_metadata,
@@ -30,11 +32,13 @@ from mergekit_obim.calibration.recording import (
     write_measured,
 )
 from mergekit_obim.calibration.resume import Checkpoint, different, remove_leftovers
-from mergekit_obim.errors import CalibrationError, ObimError, quoted
+from mergekit_obim.calibration.writing import cannot_write, write_rows
+from mergekit_obim.errors import CalibrationError, ObimError, SaliencyFileError, quoted
 from mergekit_obim.models.loaded import check_loaded
 from mergekit_obim.models.locking import locked
 from mergekit_obim.models.names import weight_names
 from mergekit_obim.models.opened import OpenModel, open_model
+from mergekit_obim.recipe.calibration import SELF
 from mergekit_obim.recipe.experts import Expert
 from mergekit_obim.saliency.file import SaliencyFile, SaliencyMetadata, saliency_file_name
 
@@ -76,6 +80,9 @@ class Prepared:
         wanted: The file's metadata, but for what the run will find.
         kept: The file that is there already, if it is the one that would be written.
         base: The base's checkpoint, for a dense file.
+        reader: Reads the data.
+        own_rows: The file of the rows that the expert writes itself, if it is to write any.
+        unwritten: Whether it has yet to write them; then `data` and `wanted` lack them.
     """
 
     expert: Expert
@@ -85,6 +92,9 @@ class Prepared:
     wanted: SaliencyMetadata
     kept: SaliencyFile | None
     base: OpenModel | None
+    reader: CalibrationReader
+    own_rows: Path | None
+    unwritten: bool
 
 
 def prepare_expert(
@@ -114,7 +124,12 @@ def prepare_expert(
     reference = ModelReference.model_validate(expert.reference)
     base = ModelReference.model_validate(base_model) if base_model else None
     model = models[reference]
-    data = read_calibration(expert, [reference, *([base] if base else [])], model.config, options)
+    reader = open_calibration(expert, [reference, *([base] if base else [])], model, options)
+    own_rows = None
+    if reader.writing:
+        own_rows = path.with_name(reader.writing.file_name(path.stem, model.digest()))
+    unwritten = own_rows is not None and not own_rows.exists()
+    data = _read(reader, own_rows, None if unwritten or own_rows is None else read_rows(own_rows))
     base_weights = None
     if options.dense and expert.calibration.sketch:
         raise CalibrationError(
@@ -130,9 +145,32 @@ def prepare_expert(
         base_weights = models[base] if base in models else open_model(base, options)
     wanted = expected_metadata(expert, model, data, options, base_weights)
     kept = None
-    if ranks.first and path.exists():
+    if ranks.first and path.exists() and not (unwritten and _was_measured_on(path, own_rows)):
         kept = kept_file(path, wanted, options.overwrite)
-    return Prepared(expert, path, model, data, wanted, kept, base_weights)
+    return Prepared(
+        expert, path, model, data, wanted, kept, base_weights, reader, own_rows, unwritten
+    )
+
+
+def _read(
+    reader: CalibrationReader, own_rows: Path | None, rows: Sequence[list[int]] | None
+) -> TokenizedCalibration:
+    """Read an expert's data; `rows` are its own, of the file `own_rows`, if they are written."""
+    data = reader.read(rows)
+    for source in data.sources:
+        if own_rows and source["data"] == SELF:
+            source["file"] = own_rows.name
+    return data
+
+
+def _was_measured_on(path: Path, own_rows: Path | None) -> bool:
+    """Return whether a saliency file is of the rows that an expert is about to write again."""
+    with suppress(SaliencyFileError):
+        # As text, since a file of another program may have anything there.
+        return own_rows is not None and own_rows.name in str(
+            SaliencyFile(path).metadata.calibration
+        )
+    return False
 
 
 def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured | None:
@@ -151,6 +189,7 @@ def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured |
     """
     path = prepared.path
     with _alone(prepared, ranks) if ranks.first else nullcontext():
+        prepared = _with_own_rows(prepared, options, ranks)
         if ranks.first and path.exists():  # which may have come only while this process waited
             prepared = replace(prepared, kept=kept_file(path, prepared.wanted, options.overwrite))
         # The others wait here for the first, which waits for other commands.
@@ -167,6 +206,52 @@ def measure(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Measured |
         remove_leftovers(path)
         ranks.barrier()  # so that the next to get the lock has the folder to itself
     return _measured(prepared, SaliencyFile(path)) if ranks.first else None
+
+
+def _with_own_rows(prepared: Prepared, options: RunOptions, ranks: Ranks) -> Prepared:
+    """Have the expert write its own rows, if it is to write any and has not; all processes call it.
+
+    The first process reads or writes them, and gives them to the others, whose disk may not have
+    the file.
+    """
+    path = prepared.own_rows
+    if path is None or not any(ranks.all_gather(prepared.unwritten)):
+        return prepared
+    rows = None
+    if ranks.first:
+        if not path.exists():  # as another command may have written it meanwhile
+            _write_own_rows(prepared, path, options, ranks)
+        rows = read_rows(path)
+    rows = ranks.all_gather(rows)[0]
+    data = _read(prepared.reader, path, rows)
+    record = calibration_record(prepared.expert.calibration, data, prepared.model.config)
+    calibration = {**prepared.wanted.calibration, **record}
+    wanted = prepared.wanted.model_copy(update={"calibration": calibration})
+    return replace(prepared, data=data, wanted=wanted, unwritten=False)
+
+
+def _write_own_rows(prepared: Prepared, path: Path, options: RunOptions, ranks: Ranks) -> None:
+    """Load the expert, and have it write the file of its own rows."""
+    label, reader = prepared.expert.model, prepared.reader
+    assert reader.writing is not None
+    remove_leftovers(path)
+    offload = path.with_name(f".{prepared.path.name}.{ranks.rank}.offload")
+    with loaded(
+        label, prepared.model, prepared.expert.calibration.dtype, options, offload
+    ) as model:
+        check_loaded(model, prepared.model, prepared.wanted.fingerprint)
+        try:
+            rows = write_rows(
+                model, reader.writing, label=label, quiet=options.quiet, check=ranks.check
+            )
+        except Exception as error:
+            if out_of_memory(error):
+                raise does_not_fit(label, options, "what it keeps as it writes does") from error
+            raise cannot_write(label, error) from error
+    try:
+        save_rows(path, rows, reader.tokenizer, reader.writing.opening)
+    except OSError as error:
+        raise cannot_be_written(path, label, error) from error
 
 
 @contextmanager

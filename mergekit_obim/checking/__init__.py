@@ -173,7 +173,8 @@ def _check_calibration(
     with TemporaryDirectory() as nowhere:
         for expert in experts:
             reference = ModelReference.model_validate(expert.reference)
-            elsewhere = [s.data for s in expert.calibration.sources if not is_here(s.data)]
+            sources = expert.calibration.sources
+            elsewhere = [s.data for s in sources if not (s.is_self or is_here(s.data))]
             if elsewhere:
                 verdict.warnings.append(
                     f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
@@ -193,7 +194,13 @@ def _check_calibration(
             except ObimError as error:
                 verdict.errors.append(error.message)
                 continue
-            verdict.warnings += [f"model {expert.model}: {w}" for w in prepared.data.warnings]
+            warnings = list(prepared.data.warnings)
+            if prepared.unwritten:
+                warnings.append(
+                    "data: self: the pre-pass will have it write "
+                    f"{sum(s.samples for s in sources if s.is_self):,} rows of its own first"
+                )
+            verdict.warnings += [f"model {expert.model}: {warning}" for warning in warnings]
 
 
 def _estimate(

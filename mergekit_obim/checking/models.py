@@ -117,6 +117,13 @@ def check_plan(
         verdict.warnings.append(
             f"the recipe's saliency is {setting}, but the pre-pass would write to {out_dir}"
         )
+    if not verdict.errors:
+        try:
+            outcomes = [cosines.outcome() for cosines in found.cosines.values()]
+            verdict.stretch = [outcome for outcome in outcomes if outcome]
+        except ObimError as error:
+            verdict.errors.append(error.message)
+    verdict.warnings += found.fallbacks.sketch_warnings()
     for (model, outcome), tensors in found.fallbacks.found.items():
         verdict.fallbacks.append({"model": model, "outcome": outcome, "tensors": tensors})
     return missing

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mergekit_obim.checking.estimate import Cost
+from mergekit_obim.models.task_vectors import MeasuredStretch
 from mergekit_obim.recipe.faults import Fault, fold
 
 
@@ -24,6 +25,7 @@ class Verdict:
             merge does with them instead); ``tensors`` maps their names to the reason.
         distances: ‖δ‖ / ‖θ_B‖ of each expert, from a sample of the matrices.
         cosines: The cosine of each pair of task vectors, from the same sample.
+        stretch: What was measured for ``stretch: auto``; empty where nothing needs it.
         cost: What each of the two commands will cost, as far as it can be estimated.
         changes: One line for each thing that `--fix` corrected in the recipe, with the reason.
         densities: The largest sum of one tensor's densities, if any sum is over 1.
@@ -34,6 +36,7 @@ class Verdict:
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
     distances: dict[str, float] = field(default_factory=dict)
     cosines: dict[str, dict[str, float]] = field(default_factory=dict)
+    stretch: list[MeasuredStretch] = field(default_factory=list)
     cost: dict[str, Cost] = field(default_factory=dict)
     changes: list[str] = field(default_factory=list)
     densities: float | None = None
@@ -53,6 +56,7 @@ class Verdict:
         self.fallbacks += other.fallbacks
         self.distances |= other.distances
         self.cosines |= other.cosines
+        self.stretch += other.stretch
         for command, cost in other.cost.items():
             before = self.cost.get(command)
             self.cost[command] = before.then(cost) if before else cost
@@ -76,6 +80,7 @@ class Verdict:
                     f"Without saliency: model {fallback['model']}: {count} tensor"
                     f"{'s' * (count > 1)}, {fallback['outcome']}, as {reason}: {', '.join(names)}"
                 )
+        lines += [f"mergekit-yaml: {stretch}" for stretch in self.stretch]
         for command, cost in self.cost.items():
             lines.append(
                 f"{command}: about {_size(cost.disk)} of disk, {_size(cost.memory)} of memory"

@@ -9,7 +9,9 @@
 ``objective``    equation 6 at the merged weights, for all experts together
 ``least_error``  mutually exclusive masks that minimise it
 ``regmean``      the mean that minimises it: RegMean with diagonal Gram matrices
+``gram``, ``nystrom``, ``regmean_gram``  the same with more of the Gram matrices: sketches, or all
 ``tally``        what an assignment keeps of each expert, counted
+``lengths``      how much shorter than task vectors their mean is
 ``kinship``      how alike task vectors are
 ``baselines``    other authors' methods
 ``blocks``       walking over tensors in cache-sized parts

@@ -7,12 +7,12 @@ the h-weighted medoid of the task vectors and 0. This is not in the paper.
 
 Σ_k w_k h_k (c − δ_k)² is least at the h-weighted mean of the δ_k, and the medoid is the
 value nearest to it. A mean of vectors that differ is shorter than each of them, so the same
-is done with a mean that is stretched by γ: (c − γ δ_k)² in the place of (c − δ_k)².
+is done with a mean that is stretched by γ: (c − γ δ_k)² in the place of (c − δ_k)². What γ makes up
+for that is in ``kernels.lengths``.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -22,22 +22,6 @@ from mergekit_obim.kernels.blocks import blocks, scratch
 from mergekit_obim.kernels.iterative import free_owners
 from mergekit_obim.kernels.objective import objective
 from mergekit_obim.kernels.scores import Candidate, working_dtype
-
-
-def stretch_to_one(weights: Sequence[float]) -> float:
-    """Return the factor that gives a mean of uncorrelated task vectors the length of one.
-
-    The weighted mean of K uncorrelated vectors of one length is shorter than each by
-    γ = Σ w_k / √(Σ w_k²), which is √K where all weights are alike.
-
-    Args:
-        weights: w_k, not negative.
-
-    Returns:
-        γ; 1 where all weights are 0.
-    """
-    length = math.hypot(*weights)
-    return sum(weights) / length if length else 1.0
 
 
 def least_error_owners(

@@ -21,12 +21,21 @@ from mergekit_obim.methods.mergekit_hooks import listen
 from mergekit_obim.methods.obim import OBIM
 from mergekit_obim.methods.obm_sign import OBM_SIGN
 from mergekit_obim.methods.pcb import PCB
+from mergekit_obim.methods.regmean import REGMEAN
 from mergekit_obim.methods.regmean_diag import REGMEAN_DIAG
 from mergekit_obim.methods.ties_obm import TIES_OBM
 
 LOG = logging.getLogger("mergekit_obim")
 
-METHODS: tuple[MergeMethod, ...] = (OBIM, TIES_OBM, OBM_SIGN, REGMEAN_DIAG, CONSENSUS_TA, PCB)
+METHODS: tuple[MergeMethod, ...] = (
+    OBIM,
+    TIES_OBM,
+    OBM_SIGN,
+    REGMEAN_DIAG,
+    REGMEAN,
+    CONSENSUS_TA,
+    PCB,
+)
 
 
 def register() -> None:

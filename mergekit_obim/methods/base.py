@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,6 +22,7 @@ from mergekit_obim.kernels.scores import (
     random_key,
 )
 from mergekit_obim.methods.mergekit_hooks import HookedMethod
+from mergekit_obim.methods.parameters import AUTO
 from mergekit_obim.methods.planning import UNWARNED, PlannedInput, is_planned
 from mergekit_obim.methods.saliency import stored_scores
 from mergekit_obim.recipe import Fault
@@ -91,6 +92,29 @@ class ExpertMethod(HookedMethod):
             ) from error
         _READ.add(sum(entry.tensor.nbytes for entry in entries))
         return merged
+
+    def stretch_of(
+        self, group: TensorGroup, parameters: Mapping[str, Any], experts: Collection[torch.Tensor]
+    ) -> float:
+        """Return the factor on the mean of the experts that take part in a tensor.
+
+        Args:
+            group: The base's and all experts' tensors.
+            parameters: The recipe's, and what planning found out.
+            experts: The tensors of the group's experts that take part.
+        """
+        asked = self.asked_stretch(parameters)
+        if asked != AUTO:
+            return float(asked)
+        # mergekit-pytorch has no call after it planned the last tensor: this measures at the first.
+        parameters["cosines"].announce()
+        weights = {
+            entry.id: parameters["weight"][entry.id]
+            for entry in group.non_base
+            if any(entry.tensor is expert for expert in experts)
+        }
+        factor: float = parameters["cosines"].stretch(weights)
+        return factor
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         """Merge one tensor by the method's formula; the inputs have no gradients."""

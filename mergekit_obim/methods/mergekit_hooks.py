@@ -32,11 +32,12 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import mergekit.architecture
 import torch
-from mergekit.common import ModelReference
+from mergekit.common import ModelPath, ModelReference
 from mergekit.io import LazyTensorLoader
 from mergekit.merge_methods.base import BatchOptions, TensorGroup
 
@@ -48,6 +49,8 @@ from mergekit_obim.methods.planning import (
     PlanReport,
     is_planned,
     plan_in_memory,
+    plan_input_axis,
+    plan_stretch,
     plan_tensor,
     registry,
     verified_once,
@@ -57,6 +60,7 @@ from mergekit_obim.methods.vocabulary import vocabulary_rows
 from mergekit_obim.models.adapters import trust_by_content
 from mergekit_obim.models.checkpoint import scored_names, stored_name
 from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.task_vectors import Cosines, Place
 from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors, setting_path
@@ -240,17 +244,21 @@ def _plan_tasks(
         vocabulary = task.gather_tensors
         gather = getattr(vocabulary, "gather_tensors", vocabulary)
         inputs = []
+        places: dict[Hashable, Place | None] = {task.base_model: None}
         for model in task.model_order:
-            if model == task.base_model:
-                continue
             info = gather.weight_info[model]
             loader = LoaderCache().get(model)
-            parameters = dict(task.input_parameters[model].items())
+            stored = stored_name(loader, info)
+            # Until the tokenizer options move them, a vocabulary's rows are not those of the base.
+            places[model] = (loader, stored) if stored and gather is vocabulary else None
+            if model == task.base_model:
+                continue
+            own = dict(task.input_parameters[model].items())
+            parameters = method.plan_parameters(own, task.parameters)
             key = model, parameters["saliency"]
             if key in refused or not verified_once(verified, loader, model, parameters, found):
                 refused.add(key)
                 parameters["criterion"] = "magnitude"  # only to go on: the error is in the report
-            stored = stored_name(loader, info)
             tensor = loader.get_tensor(stored) if stored else None
             inputs.append(PlannedInput(model, scored_names(loader, info), tensor, parameters))
         chosen = plan_tensor(method, weight.name, inputs, task.parameters, found)
@@ -265,6 +273,9 @@ def _plan_tasks(
         values = dict(task.parameters.items())
         if values["layer"] is None:
             values["layer"] = layers[weight.name]
+        values |= plan_stretch(method, weight.name, places, inputs, values, found)
+        trusted = LoaderCache().trust_remote_code
+        values |= plan_input_axis(values, weight.name, task.base_model, trusted)
         fields = {name: getattr(task, name) for name in type(task).model_fields}
         fields |= {"parameters": values, "input_parameters": {**per_expert, task.base_model: {}}}
         result.append((weight, type(task)(**fields)))
@@ -296,6 +307,7 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
     layers = functools.lru_cache(maxsize=1)(layer_indices)
     verified: set[tuple[ModelReference, SaliencyFile]] = set()
     checked: list[Any] = [None]  # the recipe that was last checked as a whole
+    cosines: dict[Hashable, Cosines] = {}  # of that recipe
 
     @functools.wraps(original)
     def construct_param_dicts(config: Any, method: Any, tensor_name: str) -> tuple[Any, Any]:
@@ -307,15 +319,23 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
                 entry |= {key: {"model": {"path": entry[key]}}} if key in entry else {}
             PlanReport(list(recipe_faults(Document(content), registry()))).conclude()
             checked[0] = config
+            cosines.clear()
         shared, per_input = original(config, method, tensor_name)
         if not isinstance(method, PlannedMethod) or not method.reads_saliency:
             return shared, per_input
         loaders = module.SimpleLoaderCache().loaders
-        inputs, found = [], PlanReport(fallbacks=UNWARNED)
+        inputs, found = [], PlanReport(fallbacks=UNWARNED, cosines=cosines)
+        places: dict[Hashable, Place | None] = {config.base_model: None}
         for model, parameters in per_input.items():
             loader = loaders.get(model.model.path)
-            if loader is None or model.model.path == config.base_model:
+            if loader is None:
                 continue
+            is_base = model.model.path == config.base_model
+            has = tensor_name in loader.index.tensor_paths
+            places[config.base_model if is_base else model] = (loader, tensor_name) if has else None
+            if is_base:
+                continue
+            parameters |= method.plan_parameters(parameters, shared)
             if not verified_once(verified, loader, model, parameters, found):
                 continue
             tensor = loader.get_tensor(tensor_name, raise_on_missing=False)
@@ -327,8 +347,12 @@ def _checked_param_dicts(original: Any, module: Any) -> Any:
         ours = [loaders[m.model.path] for m in per_input if m.model.path in loaders]
         names = frozenset().union(*(loader.index.tensor_paths for loader in ours))
         shared["layer"] = layers(names)[tensor_name]
+        beside = Path(config.base_model)  # a file of weights, or a folder
+        folder = ModelPath(path=str(beside if beside.is_dir() else beside.parent))
+        shared |= plan_input_axis(shared, tensor_name, ModelReference(model=folder))
         for model, name in chosen.items():
             per_input[model]["tensor_name"] = name
+        shared |= plan_stretch(method, tensor_name, places, present, shared, found)
         return shared, per_input
 
     return construct_param_dicts

@@ -12,7 +12,7 @@ import torch
 from mergekit.merge_methods.base import TensorGroup
 
 from mergekit_obim.kernels.iterative import iterative_owners
-from mergekit_obim.kernels.least_error import least_error_owners, stretch_to_one
+from mergekit_obim.kernels.least_error import least_error_owners
 from mergekit_obim.kernels.merging import merge_owned
 from mergekit_obim.kernels.scores import Candidate
 from mergekit_obim.methods.base import (
@@ -24,6 +24,7 @@ from mergekit_obim.methods.base import (
     values_of,
 )
 from mergekit_obim.methods.parameters import (
+    AUTO,
     DENSITY,
     LAMBDA,
     SEED,
@@ -31,6 +32,7 @@ from mergekit_obim.methods.parameters import (
     method_spec,
     saliency_parameters,
     shared,
+    stretch_parameters,
 )
 from mergekit_obim.methods.planning import PlannedInput
 from mergekit_obim.models.layers import rotate
@@ -109,6 +111,13 @@ class Obim(ExpertMethod):
                 amount=sum(densities),
             )
 
+    def asked_stretch(self, parameters: Mapping[str, Any]) -> float | str:
+        """Return the factor that ``nearest`` is given, by default ``auto``; 1 for the others."""
+        if parameters["assignment"] != "nearest":
+            return 1.0
+        asked: float | str | None = parameters["stretch"]
+        return AUTO if asked is None else asked
+
     def copies(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether elements are copied and scaled by the weight, as the paper does."""
         return bool(parameters.get("assignment", "iterative") == "iterative")
@@ -138,10 +147,7 @@ class Obim(ExpertMethod):
             candidates, weights = objective_of(group, parameters)
             if not candidates:
                 return None
-            stretch = 1.0
-            if parameters["assignment"] == "nearest":
-                asked = parameters["stretch"]
-                stretch = stretch_to_one(weights) if asked is None else asked
+            stretch = self.stretch_of(group, parameters, [c.expert for c in candidates])
             owner = least_error_owners(candidates, weights, stretch)
             return Assignment(candidates, owner, [scale] * len(candidates), None, ())
         candidates, densities = candidates_of(group, parameters)
@@ -182,6 +188,6 @@ OBIM = Obim(
             "How positions are given to experts",
             ("iterative", "least_error", "nearest"),
         ),
-        shared("stretch", float | None, None, "Of nearest: times the experts' mean; √K"),
+        *stretch_parameters(None, "Of nearest: times the experts' mean; by default auto"),
     )
 )

@@ -18,8 +18,10 @@ from pydantic import ValidationError
 from mergekit_obim.errors import RecipeError
 
 # Filled in by the planners; not for recipes.
-PLANNED = ("tensor_name", "vocabulary_rows", "layer")
+PLANNED = ("tensor_name", "vocabulary_rows", "layer", "cosines", "input_axis")
 NOT_NEGATIVE = ("mask_threshold", "min_agreement", "stretch")
+# As `stretch`: what makes the experts' mean as long as each of them.
+AUTO = "auto"
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,11 @@ class Parameter(ParameterSpec):
 
     Attributes:
         choices: The values that it takes; empty if it takes any of its type.
+        word: A word that it takes beside the values of its type.
     """
 
     choices: tuple[str, ...] = ()
+    word: str | None = None
 
     def validate(self, value: Any) -> Any:
         """Return a value, converted to the parameter's type.
@@ -38,11 +42,15 @@ class Parameter(ParameterSpec):
         Raises:
             RecipeError: The parameter does not take this value.
         """
+        if self.word is not None and value == self.word:
+            return value
         try:
             value = super().validate(value)
         except ValidationError as error:
+            hint = f"; or write {self.word}" if self.word else ""
             raise RecipeError(
-                f"parameter {self.name}: {value!r} is not acceptable: {error.errors()[0]['msg']}"
+                f"parameter {self.name}: {value!r} is not acceptable: "
+                f"{error.errors()[0]['msg']}{hint}"
             ) from error
         if self.choices and value not in self.choices:
             raise RecipeError(
@@ -53,6 +61,11 @@ class Parameter(ParameterSpec):
             raise RecipeError(
                 f"parameter density: {value} lies outside 0…1; it is the share of each tensor's "
                 "positions that the expert may claim"
+            )
+        if self.name == "shrink" and value is not None and not 0 <= value <= 1:
+            raise RecipeError(
+                f"parameter shrink: {value} lies outside 0…1; it is how much the correlations of "
+                "input features count"
             )
         if self.name in NOT_NEGATIVE and value is not None and value < 0:
             raise RecipeError(f"parameter {self.name}: {value} is negative")
@@ -80,6 +93,19 @@ WEIGHT = per_expert("weight", float, 1.0, "Scale of the expert's task vector")
 LAMBDA = shared("lambda", float, 1.0, "Scale of the merged task vector")
 SEED = shared("seed", int, 0, "For every random ranking")
 NORMALIZE = shared("normalize", bool, True, "Divide by the sum of the agreeing weights")
+
+
+def stretch_parameters(default: float | None, description: str) -> tuple[Parameter, ...]:
+    """Return the parameters of a method that stretches the experts' mean.
+
+    Args:
+        default: The factor where a recipe gives none; None if the method knows what it means.
+        description: What is stretched.
+    """
+    return (
+        Parameter("stretch", float | None, ParameterScope.SHARED, default, description, word=AUTO),
+        shared("cosines", Any, None, "Between the experts' task vectors, for stretch: auto"),
+    )
 
 
 def saliency_parameters(*, random: bool) -> tuple[Parameter, ...]:

@@ -25,10 +25,12 @@ from mergekit.merge_methods.base import (
 )
 
 from mergekit_obim.errors import ObimError, RecipeError
-from mergekit_obim.methods.parameters import PLANNED
+from mergekit_obim.methods.parameters import AUTO, PLANNED
 from mergekit_obim.methods.saliency import check_shape, saliency_of
 from mergekit_obim.models.checkpoint import tensor_of
 from mergekit_obim.models.layers import layer_indices
+from mergekit_obim.models.linear_layers import input_axes, input_axis_of
+from mergekit_obim.models.task_vectors import Cosines, Place
 from mergekit_obim.recipe import Fault, Method
 from mergekit_obim.recipe.faults import Kind, errors_of, fault_of, raise_errors, warnings_of
 from mergekit_obim.saliency.file import SaliencyFile
@@ -99,6 +101,11 @@ class PlannedMethod(GroupMergeMethod):
         """
         return iter(())
 
+    def asked_stretch(self, parameters: Mapping[str, Any]) -> float | str:
+        """Return the factor on the experts' mean that the parameters ask for, or ``auto``."""
+        asked: float | str = parameters.get("stretch", 1.0)
+        return asked
+
     def copies(self, parameters: Mapping[str, Any]) -> bool:
         """Return whether a recipe with these parameters copies elements, scaled by the weight."""
         return False
@@ -107,6 +114,33 @@ class PlannedMethod(GroupMergeMethod):
         """Return what ``unscored: kind`` does with a tensor without saliency, for a warning."""
         return "left at the base's values" if kind == "base" else f"ranked by {kind}"
 
+    def plan_parameters(
+        self, own: Mapping[str, Any], parameters: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Return an expert's parameters for a tensor, as the merge is to have them.
+
+        Args:
+            own: The expert's parameters, as the recipe gives them.
+            parameters: The shared parameters.
+        """
+        return dict(own)
+
+    def note_statistics(
+        self,
+        inputs: Sequence[PlannedInput],
+        chosen: Mapping[Hashable, str],
+        parameters: Mapping[str, Any],
+        fallbacks: Fallbacks,
+    ) -> None:
+        """Note what the method would use of the saliency files beside h, and does not find.
+
+        Args:
+            inputs: The experts.
+            chosen: Expert -> the name to look up its saliency of this tensor by.
+            parameters: The shared parameters for this tensor.
+            fallbacks: Where it is noted.
+        """
+
 
 @dataclass
 class Fallbacks:
@@ -114,12 +148,35 @@ class Fallbacks:
 
     Attributes:
         found: (model, what the merge does with them instead) -> tensor name -> why it has none.
+        by_diagonal: Model -> the tensors of which it has no Gram sketch, and another expert has.
+        sketched: Whether there is a tensor of which some expert has a sketch.
+        unsketched: Whether there is one with saliency of which none has.
     """
 
     found: dict[tuple[str, str], dict[str, str]] = field(default_factory=lambda: defaultdict(dict))
+    by_diagonal: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    sketched: bool = False
+    unsketched: bool = False
+
+    def sketch_warnings(self) -> list[str]:
+        """Return a line for each model that lacks sketches, or one if all models lack all."""
+        if self.unsketched and not self.sketched:
+            return [
+                "no saliency file has a Gram sketch, so that regmean merges as regmean_diag does; "
+                "measure them with `obim-saliency RECIPE OUT_DIR --sketch 16 --overwrite`"
+            ]
+        return [
+            f"model {model}: {len(names)} tensor{'s' * (len(names) != 1)} without a Gram sketch, "
+            f"merged by the diagonal beside other experts' sketches: {', '.join(names)}"
+            for model, names in self.by_diagonal.items()
+        ]
 
     def warn(self) -> None:
         """Log the warnings, and forget the tensors."""
+        for line in self.sketch_warnings():
+            LOG.warning(line)
+        self.by_diagonal.clear()
+        self.sketched = self.unsketched = False
         for (model, outcome), names in self.found.items():
             LOG.warning(
                 "model %s: %d tensor%s without saliency, %s: %s",
@@ -140,11 +197,14 @@ class PlanReport:
         recipe: Faults of the recipe as it is written.
         tensors: Faults of models, saliency files and the parameters of single tensors.
         fallbacks: The tensors without saliency.
+        cosines: By base and experts, what will measure their cosines: for the experts of a recipe
+            one, with slices of other models one for each set of experts.
     """
 
     recipe: list[Fault] = field(default_factory=list)
     tensors: list[Fault] = field(default_factory=list)
     fallbacks: Fallbacks = field(default_factory=Fallbacks)
+    cosines: dict[Hashable, Cosines] = field(default_factory=dict)
 
     @property
     def errors(self) -> list[Fault]:
@@ -156,12 +216,14 @@ class PlanReport:
         self.tensors.append(fault_of(error, kind, tensor))
 
     def conclude(self) -> None:
-        """Raise all errors as one; without any, log the warnings.
+        """Raise all errors as one; without any, measure what is to be, and log the warnings.
 
         Raises:
             ObimError: There are errors; the message lists them all.
         """
         raise_errors([*self.recipe, *self.tensors])
+        for cosines in self.cosines.values():
+            cosines.announce()
         for fault in warnings_of(self.recipe):
             LOG.warning(str(fault))
         self.fallbacks.warn()
@@ -205,7 +267,58 @@ def plan_tensor(
                 found.fallbacks.found[str(i.model), outcome][i.names[0]] = reason
         except ObimError as error:
             found.add(error, "saliency", i.names[0])
+    if not found.errors:
+        method.note_statistics(inputs, chosen, parameters, found.fallbacks)
     return chosen
+
+
+def plan_stretch(
+    method: PlannedMethod,
+    output: str,
+    places: Mapping[Hashable, Place | None],
+    inputs: Sequence[PlannedInput],
+    parameters: Mapping[str, Any],
+    found: PlanReport,
+) -> dict[str, Cosines]:
+    """Return the planned parameter that ``stretch: auto`` needs, for methods that have it.
+
+    Args:
+        method: The method.
+        output: The merged tensor's name.
+        places: Where the base, which comes first, and then each expert has the tensor; None if
+            it has none, or if rows of it will be moved first.
+        inputs: The experts.
+        parameters: The shared parameters for this tensor.
+        found: The report, which holds what is shared by all tensors.
+    """
+    if "cosines" not in parameters:
+        return {}
+    base, *experts = places
+    cosines = found.cosines.setdefault((base, frozenset(experts)), Cosines(base, experts))
+    cosines.add(output, places)
+    if method.asked_stretch(parameters) == AUTO:
+        cosines.expect({i.model: i.parameters["weight"] for i in inputs})
+    return {"cosines": cosines}
+
+
+def plan_input_axis(
+    parameters: Mapping[str, Any],
+    name: str,
+    base: ModelReference | None,
+    trust_remote_code: bool = False,
+) -> dict[str, int | None]:
+    """Return the planned parameter that ``statistics: none`` needs, for methods that have it.
+
+    Args:
+        parameters: The shared parameters of a tensor.
+        name: The tensor's.
+        base: The base, whose configuration says what the tensor is; None for models in memory.
+        trust_remote_code: Whether the base's own code may run.
+    """
+    if parameters.get("statistics") != "none":
+        return {}
+    axes = input_axes(base, trust_remote_code) if base else {}
+    return {"input_axis": input_axis_of(name, axes)}
 
 
 def plan_in_memory(
@@ -224,24 +337,32 @@ def plan_in_memory(
     layers = layer_indices(group.metadata.name for group in groups if group.metadata.name)
     found = PlanReport()
     planned = []
-    for group, values in zip(groups, parameters, strict=True):
+    for number, (group, values) in enumerate(zip(groups, parameters, strict=True)):
         name = group.metadata.name
         inputs = [
             PlannedInput(
                 entry.id,
                 (values["tensor_name"][entry.id] or name or "",),
                 entry.tensor,
-                {p.name: values[p.name][entry.id] for p in method.spec.input_parameters},
+                method.plan_parameters(
+                    {p.name: values[p.name][entry.id] for p in method.spec.input_parameters}, values
+                ),
             )
             for entry in group.non_base
         ]
         chosen = plan_tensor(method, name, inputs, values, found)
         layer = values["layer"]
+        base = group.base
+        assert base is not None  # `validate_inputs` saw to it
+        places = {entry.id: entry.tensor for entry in (base, *group.non_base)}
         planned.append(
             {
                 **values,
+                **plan_stretch(method, name or str(number), places, inputs, values, found),
                 "tensor_name": PerInputValues([(i.model, chosen[i.model]) for i in inputs]),
+                "criterion": PerInputValues([(i.model, i.parameters["criterion"]) for i in inputs]),
                 "layer": layers.get(name or "", 0) if layer is None else layer,
+                **plan_input_axis(values, name or "", None),
             }
         )
     raise_errors(found.errors)

@@ -15,7 +15,13 @@ from mergekit_obim.methods.base import (
     check_objective_weights,
     objective_of,
 )
-from mergekit_obim.methods.parameters import LAMBDA, WEIGHT, method_spec, saliency_parameters
+from mergekit_obim.methods.parameters import (
+    LAMBDA,
+    WEIGHT,
+    method_spec,
+    saliency_parameters,
+    stretch_parameters,
+)
 from mergekit_obim.methods.planning import PlannedInput
 from mergekit_obim.recipe import Fault
 
@@ -37,7 +43,8 @@ class RegMeanDiag(ExpertMethod):
         candidates, weights = objective_of(group, parameters)
         if not candidates:
             return base_tensor(group).clone()
-        return merge_regmean(candidates, weights, parameters["lambda"])
+        stretch = self.stretch_of(group, parameters, [c.expert for c in candidates])
+        return merge_regmean(candidates, weights, stretch * parameters["lambda"])
 
 
 REGMEAN_DIAG = RegMeanDiag(
@@ -48,5 +55,6 @@ REGMEAN_DIAG = RegMeanDiag(
         WEIGHT,
         *saliency_parameters(random=False),
         LAMBDA,
+        *stretch_parameters(1.0, "Times the experts' mean"),
     )
 )

@@ -9,9 +9,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from mergekit.merge_methods.base import TensorEntry
 
 from mergekit_obim.errors import SaliencyFileError
+from mergekit_obim.kernels.nystrom import nystrom_factor
+from mergekit_obim.kernels.regmean_gram import Gram, Layers, input_last
 from mergekit_obim.kernels.scores import GivenScores, Saliency
 from mergekit_obim.saliency.file import SaliencyFile
 from mergekit_obim.saliency.locate import locate, open_saliency
@@ -109,3 +112,69 @@ def check_shape(
             f"{file.path}: the {file.metadata.form} saliency of {name}, {list(shape)}, {rule} "
             f"the weight of model {model}, {list(weight)}; was it measured on this model?"
         )
+
+
+def has_gram(file: SaliencyFile, name: str) -> bool:
+    """Return whether a file has a sketch or the whole of the Gram matrix of a weight's inputs."""
+    gram = file.metadata.gram
+    return gram is not None and name in gram.inputs
+
+
+def input_axis(h: tuple[int, ...], weight: tuple[int, ...]) -> int | None:
+    """Return the axis of a weight along which an h of input features runs.
+
+    Args:
+        h: The shape of an entry that broadcasts against the weight.
+        weight: The weight's.
+
+    Returns:
+        −1 for [out, in] or [experts, out, in], −2 where the last two are swapped, and None where h
+        does not run along one of them alone.
+    """
+    padded = (1,) * (len(weight) - len(h)) + h
+    if len(weight) in (2, 3):
+        for axis, other in ((-1, -2), (-2, -1)):
+            if padded[axis] == weight[axis] and padded[other] == 1:
+                return axis
+    return None
+
+
+def stored_layers(
+    file: SaliencyFile, name: str, h: torch.Tensor, shape: torch.Size, axis: int
+) -> Layers:
+    """Return what a saliency file knows of the inputs of each layer that a weight holds.
+
+    Args:
+        file: The expert's saliency file.
+        name: The weight's name there.
+        h: Its entry.
+        shape: The weight's.
+        axis: The axis of its input features.
+
+    Returns:
+        Gives the Gram matrix of a layer, by its number: that of the expert in a mixture, else 0.
+    """
+    count = shape[0] if len(shape) == 3 else 1
+    diagonals = input_last(h.expand(*shape[:-2], *h.shape[-2:]), axis)[:, 0]
+
+    def stack(found: torch.Tensor) -> torch.Tensor:
+        return found.expand(count, *found.shape[-2:])
+
+    if not has_gram(file, name):
+        return lambda index: Gram(diagonals[index])
+    sketch = file.sketch(name)
+    if sketch is not None and sketch.shape[-1] < shape[axis]:
+        sketches = stack(sketch)
+        return lambda index: Gram(
+            diagonals[index], nystrom_factor(sketches[index], diagonals[index])
+        )
+
+    # Of a single layer the matrix is read when it is needed, and not kept; of a mixture all the
+    # experts' are in one entry.
+    @lru_cache(maxsize=int(count > 1))
+    def matrices() -> torch.Tensor:
+        whole = file.gram(name) if sketch is None else sketch  # with all columns, Ω is the identity
+        assert whole is not None  # has_gram
+        return stack(whole)
+
+    return lambda index: Gram(diagonals[index], full=lambda: matrices()[index])

@@ -26,11 +26,15 @@ from pydantic import (
 from mergekit_obim.recipe.faults import Fault, Path, Place, nearest
 
 FILE_SUFFIXES = (".jsonl", ".json", ".txt", ".csv", ".parquet")
+# Stands for rows that the expert writes itself.
+SELF = "self"
 
 # Keys that mean something only for a Hugging Face data set.
 _HUB_KEYS = ("config", "split", "revision")
 # Keys of one data source that may also stand beside `data`, for every source in it.
 _SOURCE_KEYS = (*_HUB_KEYS, "column", "images", "include_completion", "samples")
+# Keys that say how rows are found and read, none of which the expert's own rows need.
+_READING_KEYS = tuple(key for key in _SOURCE_KEYS if key != "samples")
 
 # How many columns of each layer's Gram matrix are measured for a merge that reads them, unless the
 # recipe or the command line says another number.
@@ -44,18 +48,23 @@ def is_local_file(data: str) -> bool:
 
     A file's suffix decides, or a form that no data set has (``./x``, ``/x``, ``~/x``), or a
     file of that name. A folder is left to the ``datasets`` library, which reads folders.
+    ``self`` is neither: the file of that name is ``./self``.
     """
     path = os.path.expanduser(data)
-    return not os.path.isdir(path) and (
-        path.lower().endswith(FILE_SUFFIXES)
-        or os.path.isfile(path)
-        or path.startswith((".", "/", "\\", "~"))
+    return (
+        data != SELF
+        and not os.path.isdir(path)
+        and (
+            path.lower().endswith(FILE_SUFFIXES)
+            or os.path.isfile(path)
+            or path.startswith((".", "/", "\\", "~"))
+        )
     )
 
 
 def is_here(data: str) -> bool:
     """Return whether ``data`` names a local file, existing or not, or a local folder."""
-    return is_local_file(data) or os.path.isdir(os.path.expanduser(data))
+    return is_local_file(data) or (data != SELF and os.path.isdir(os.path.expanduser(data)))
 
 
 def _batch_size(value: object) -> object:
@@ -80,18 +89,18 @@ def _sketch(value: object) -> object:
 
 
 class DataSource(BaseModel):
-    """One file or data set, and how its rows are read.
+    """One file or data set, and how its rows are read; or the expert's own writing.
 
     Attributes:
         data: A ``.jsonl``, ``.json``, ``.txt``, ``.csv`` or ``.parquet`` file, or the name
-            of a Hugging Face data set.
+            of a Hugging Face data set; or ``self``: the expert writes its own rows.
         config: The data set's configuration.
         split: The data set's split; left out, ``train``, or the only one there is.
         revision: The data set's branch, tag or commit.
         column: The field that holds the input, instead of the usual ones.
         images: The field that holds a row's images, instead of ``images``.
         include_completion: Whether a row's ``completion`` follows its ``prompt``.
-        samples: How many rows to draw.
+        samples: How many rows to draw, or to write.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -105,8 +114,21 @@ class DataSource(BaseModel):
     include_completion: StrictBool = False
     samples: _Positive = 100  # the paper's, which finds 10 to come close (its table 5)
 
+    @property
+    def is_self(self) -> bool:
+        """Whether the expert writes these rows itself."""
+        return self.data == SELF
+
     @model_validator(mode="after")
-    def _no_hub_keys_on_a_file(self) -> DataSource:
+    def _only_keys_that_mean_something(self) -> DataSource:
+        if self.is_self:
+            extra = [key for key in _READING_KEYS if getattr(self, key)]
+            if extra:
+                raise ValueError(
+                    f"{' and '.join(extra)} is for files and data sets, but with data: {SELF} the "
+                    f"expert writes its own rows (a file or folder of that name is ./{SELF})"
+                )
+            return self
         extra = [key for key in _HUB_KEYS if getattr(self, key) is not None]
         if extra and is_local_file(self.data):
             raise ValueError(f"{' and '.join(extra)} is for data sets, but {self.data} is a file")
@@ -148,13 +170,18 @@ class Calibration(BaseModel):
         whole = long_form(value)
         shared = {key: whole.pop(key) for key in _SOURCE_KEYS if key in whole}
         entries = entries_of(whole)
-        for_files = {key: value for key, value in shared.items() if key not in _HUB_KEYS}
         whole["data"] = [
             # In a mixture, `split: test` beside `data` is meant for the data sets in it.
-            {**(for_files if len(entries) > 1 and _is_file_entry(entry) else shared), **entry}
+            {**{k: v for k, v in shared.items() if len(entries) == 1 or _takes(entry, k)}, **entry}
             for entry in entries
         ]
         return whole
+
+    @model_validator(mode="after")
+    def _writes_once(self) -> Calibration:
+        if sum(source.is_self for source in self.sources) > 1:
+            raise ValueError(f"data has {SELF} twice; keep one, with samples for both")
+        return self
 
 
 def long_form(raw: object) -> dict[str, Any]:
@@ -192,8 +219,9 @@ def laid_over(defaults: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, 
     dropped: set[str] = set()
     if "data" in own and "data" in defaults:
         dropped |= {"config", "revision"}  # the default data's own, not this model's
-    if "data" in own and all(map(_is_file_entry, entries_of(own))):
-        dropped |= set(_HUB_KEYS)
+    if "data" in own:  # what none of its sources takes was not meant for them
+        taken = {key for entry in entries_of(own) for key in _SOURCE_KEYS if _takes(entry, key)}
+        dropped |= set(_SOURCE_KEYS) - taken
     return {**{key: value for key, value in defaults.items() if key not in dropped}, **own}
 
 
@@ -254,5 +282,9 @@ def _phrase(found: Any, several: bool, option: bool) -> tuple[str, str | None]:
     return f"{where}{name} {message}, found {found['input']!r}", None
 
 
-def _is_file_entry(entry: Mapping[str, Any]) -> bool:
-    return isinstance(entry.get("data"), str) and is_local_file(entry["data"])
+def _takes(entry: Mapping[str, Any], key: str) -> bool:
+    """Return whether one of the keys of a source means something for an entry's kind of data."""
+    data = entry.get("data")
+    if data == SELF:
+        return key not in _READING_KEYS
+    return key not in _HUB_KEYS or not (isinstance(data, str) and is_local_file(data))

@@ -17,7 +17,13 @@ from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
 from mergekit_obim.errors import RecipeError, one_line
 from mergekit_obim.methods.planning import PlannedMethod
-from mergekit_obim.report.gather import Account, calibration_of, gather, planned_experts
+from mergekit_obim.report.gather import (
+    Account,
+    calibration_of,
+    gather,
+    planned_experts,
+    stretches_of,
+)
 from mergekit_obim.saliency.file import write_text
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
@@ -113,16 +119,17 @@ def _section(
                 "model, a saliency file or the recipe has changed; merge again, or write the card "
                 "with --no-shares"
             )
-        experts, calibration = account.experts, account.calibration
+        experts, calibration, stretch = account.experts, account.calibration, account.stretch
     else:
         planned = plan(config, options)
         experts = [str(expert) for expert in planned_experts(planned)]
-        calibration = calibration_of(planned)
+        calibration, stretch = calibration_of(planned), stretches_of(planned)
     lines = [
         "## How the experts were merged",
         "",
         f"Merged with {method_md(config.merge_method)}, by mergekit-obim {__version__}"
         + _settings(config.parameters or {}),
+        *(f"Measured for this merge: {one}." for one in stretch),
         "",
         *_table(experts, calibration, account),
         *(_notes(account) if account else []),

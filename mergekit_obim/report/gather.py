@@ -32,6 +32,7 @@ from mergekit_obim.kernels.tally import Tally, claim_counts, outcomes, tally
 from mergekit_obim.methods.obim import Assignment, observing
 from mergekit_obim.methods.saliency import saliency_of
 from mergekit_obim.models.layers import block_of, rotate
+from mergekit_obim.models.task_vectors import Cosines, MeasuredStretch
 from mergekit_obim.saliency.fingerprint import sample, sample_positions
 
 # The sums of densities at which other settings are tried, and the orders that are tried at each.
@@ -85,6 +86,7 @@ class Account:
         curve: For each order and sum of densities a tally over a sample of all tensors, scaled up
             to whole tensors; empty without densities.
         calibration: By expert, what its saliency file says of itself.
+        stretch: What was measured for ``stretch: auto``; empty where nothing needs it.
         differing: Names of tensors of the merged model, if one was given, that differ from what
             this recipe makes in the values that were compared.
     """
@@ -96,6 +98,7 @@ class Account:
     densities: list[float] = field(default_factory=list)
     curve: dict[tuple[str, float], Tally] = field(default_factory=dict)
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
+    stretch: list[MeasuredStretch] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
 
     def total(self) -> Tally:
@@ -149,7 +152,12 @@ def gather(
         )
     planned = plan(config, options)
     experts = planned_experts(planned)
-    account = Account(config, [str(e) for e in experts], calibration=calibration_of(planned))
+    account = Account(
+        config,
+        [str(e) for e in experts],
+        calibration=calibration_of(planned),
+        stretch=stretches_of(planned),
+    )
     weights = _merged_weights(merged) if merged else None
 
     def observe(
@@ -367,3 +375,12 @@ def calibration_of(planned: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, An
                     "mergekit_obim_version": metadata.mergekit_obim_version,
                 }
     return found
+
+
+def stretches_of(planned: Sequence[tuple[Any, Any]]) -> list[MeasuredStretch]:
+    """Return what was measured for ``stretch: auto``, of each set of experts with the same base."""
+    all_cosines: dict[Cosines, None] = {}
+    for _, task in planned:
+        if cosines := dict(task.parameters.items()).get("cosines"):
+            all_cosines[cosines] = None
+    return [outcome for cosines in all_cosines if (outcome := cosines.outcome())]

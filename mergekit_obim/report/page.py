@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from mergekit_obim.models.task_vectors import MeasuredStretch
 from mergekit_obim.report import figures
 from mergekit_obim.report.card import measured_on
 
@@ -32,6 +33,7 @@ def render(report: dict[str, Any]) -> str:
         names=names,
         owners=[*names, "the base"],
         overview=_overview(report, names),
+        stretch=[str(MeasuredStretch(**one)) for one in report["stretch"]],
         ownership=_ownership(report, names),
         contested=_contested(report, names),
         errors=_errors(report, names),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ def summarize(account: Account) -> dict[str, Any]:
         ],
         "copied": account.copied,
         "calibration": account.calibration,
+        "stretch": [asdict(stretch) for stretch in account.stretch],
         "differing": account.differing,
         "tensors": [
             {

@@ -7,13 +7,14 @@ saliency is h, to be multiplied by δ²; a dense one is the scores themselves.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+
+from mergekit_obim.kernels.gram import draw_test_matrix
 
 BASE = -1
 """The owner of a position that no expert claims."""
@@ -316,19 +317,38 @@ def nearest(
     experts: Sequence[Expert],
     *,
     lambda_: float = 1.0,
-    stretch: float | None = None,
+    stretch: float | np.ndarray,
 ) -> torch.Tensor:
-    """obim with `assignment: nearest`, of one tensor."""
-    weights = [e.weight for e in comparable(experts)]
-    if stretch is None:
-        stretch = sum(weights) / math.sqrt(sum(w * w for w in weights)) if any(weights) else 1.0
+    """obim with `assignment: nearest`, of one tensor; by cosines if it gets a matrix of them."""
+    stretch = stretch_to_one(experts, stretch) if isinstance(stretch, np.ndarray) else stretch
     return least_error(base, experts, lambda_=lambda_, stretch=stretch)
 
 
+def cosines(
+    base: Mapping[str, torch.Tensor], experts: Sequence[Mapping[str, torch.Tensor]]
+) -> np.ndarray:
+    """Of every two task vectors, over all tensors together."""
+    rows = [[(e[name].double() - base[name].double()).flatten() for name in base] for e in experts]
+    deltas = torch.stack([torch.cat(row) for row in rows]).numpy()
+    unit = deltas / np.sqrt((deltas**2).sum(1, keepdims=True))
+    return np.asarray(unit @ unit.T)
+
+
+def stretch_to_one(experts: Sequence[Expert], cosine: np.ndarray) -> float:
+    """What makes the weighted mean of unit vectors with these cosines a unit vector."""
+    w = np.array([0.0 if e.barred else e.weight for e in experts])
+    return round(float(w.sum() / np.sqrt(w @ cosine @ w)), 4) if w.any() else 1.0
+
+
 def regmean_diag(
-    base: torch.Tensor, experts: Sequence[Expert], *, lambda_: float = 1.0
+    base: torch.Tensor,
+    experts: Sequence[Expert],
+    *,
+    lambda_: float = 1.0,
+    stretch: float | np.ndarray = 1.0,
 ) -> torch.Tensor:
-    """Σ w h θ / Σ w h; the mean by w alone where that is 0 / 0."""
+    """Σ w h θ / Σ w h, times the stretch; the mean by w alone where that is 0 / 0."""
+    stretch = stretch_to_one(experts, stretch) if isinstance(stretch, np.ndarray) else stretch
     present = comparable(experts)
     dtype = arithmetic_dtype(base.dtype)
     merged = flat(base, dtype)
@@ -341,8 +361,40 @@ def regmean_diag(
                 top += delta[i] * dtype(expert.weight)
                 bottom += dtype(expert.weight)
         if bottom != 0:
-            merged[i] += top / bottom * dtype(lambda_)
+            merged[i] += top / bottom * dtype(lambda_ * stretch)
     return rounded(merged, base)
+
+
+def gram_estimate(gram: torch.Tensor, shrink: float, columns: int | None) -> torch.Tensor:
+    """Ĝ of RegMean: G's diagonal, and its other elements, or those of L, times the shrink.
+
+    Args:
+        gram: G, float64 [d, d].
+        shrink: s.
+        columns: Of the sketch; 0 for the diagonal alone, None for G itself.
+    """
+    low = gram if columns is None else torch.zeros_like(gram)
+    if columns:
+        omega = draw_test_matrix(len(gram), columns).double()
+        sketch = gram @ omega
+        low = sketch @ torch.linalg.pinv(omega.T @ sketch, hermitian=True, rtol=1e-9) @ sketch.T
+    estimate = shrink * low
+    estimate.diagonal().copy_(gram.diagonal())
+    return estimate
+
+
+def regmean(
+    base: torch.Tensor,
+    experts: Sequence[torch.Tensor],
+    grams: Sequence[torch.Tensor],
+    weights: Sequence[float],
+    scale: float = 1.0,
+) -> torch.Tensor:
+    """θ_B + scale · D, Σ w_k (D − δ_k) Ĝ_k = 0, in float64, of weights [out, in]."""
+    deltas = [expert.double() - base.double() for expert in experts]
+    matrix = sum(w * g for w, g in zip(weights, grams, strict=True))
+    pulls = sum(w * d @ g for w, d, g in zip(weights, deltas, grams, strict=True))
+    return base.double() + scale * torch.linalg.solve(matrix, pulls.T).T
 
 
 # --- baselines ----------------------------------------------------------------------------

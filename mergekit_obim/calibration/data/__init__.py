@@ -7,6 +7,7 @@
 ``images``         a row's images, for the model's processor
 ``tokens``         text → token ids; packing, hashing, batches
 ``drawing``        which rows are drawn, and what becomes of each
+``self_written``   rows that the expert writes itself, and their file
 
 Everything here is the same on every machine: which rows are drawn, in what order they
 stand, and how they are batched. Nothing is ever padded: a batch holds sequences of one
@@ -17,13 +18,14 @@ images run alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from mergekit_obim.calibration.data.drawing import RowReader, draw
 from mergekit_obim.calibration.data.images import RowProcessor
 from mergekit_obim.calibration.data.rows import load_rows
+from mergekit_obim.calibration.data.self_written import opening_of
 from mergekit_obim.calibration.data.tokens import TokenSequence, check_room, content_hash, pack
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.recipe.calibration import Calibration
@@ -64,6 +66,7 @@ def prepare(
     model_label: str,
     limit: int | None = None,
     find_processor: Callable[[], RowProcessor | None] = lambda: None,
+    own_rows: Sequence[list[int]] = (),
 ) -> TokenizedCalibration:
     """Reads, samples and tokenizes all of an expert's calibration data.
 
@@ -74,6 +77,7 @@ def prepare(
         limit: The longest sequence that the model can take, if it has such a limit.
         find_processor: Gives the expert's processor, or None if it takes no images; called only
             if a row has any.
+        own_rows: The token ids of the rows that the expert has written, for the source ``self``.
 
     Raises:
         CalibrationError: if data can't be read, or has a row that can't be used.
@@ -89,6 +93,13 @@ def prepare(
     sources = []
     read_clock = False
     for source in calibration.sources:
+        if source.is_self:
+            opening = opening_of(tokenizer, calibration.date)
+            drawn += [TokenSequence(ids, opening.template) for ids in own_rows]
+            read_clock |= opening.read_clock
+            described = source.model_dump(exclude_none=True)
+            sources.append({**described, "rows": len(own_rows), "sampled": len(own_rows)})
+            continue
         try:
             if not calibration.packing:
                 check_room(tokenizer, max_length)

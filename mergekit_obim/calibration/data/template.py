@@ -37,13 +37,16 @@ class ChatWriter:
         self.read_clock = False
         self._chat, self._date = chat, date
 
-    def write(self, messages: Messages, tools: list[Any] | None = None) -> tuple[str, str]:
+    def write(
+        self, messages: Messages, tools: list[Any] | None = None, *, reply: bool = False
+    ) -> tuple[str, str]:
         """Returns the text of a conversation, with special tokens, and the template that wrote it.
 
         Args:
             messages: As ``read_conversation`` returns them. A processor's template is given the
                 parts of type image too, a tokenizer's only text.
             tools: Descriptions of the tools that the conversation may call.
+            reply: Whether the text goes on to where the model's answer begins.
 
         Raises:
             CalibrationError: There is no template, it doesn't take these messages, or it prints
@@ -62,7 +65,11 @@ class ChatWriter:
             def apply(taken: Messages) -> str:
                 return str(
                     self._chat.apply_chat_template(
-                        taken, tools=tools, chat_template=template, tokenize=False
+                        taken,
+                        tools=tools,
+                        chat_template=template,
+                        tokenize=False,
+                        add_generation_prompt=reply,
                     )
                 )
 
