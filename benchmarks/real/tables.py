@@ -99,7 +99,7 @@ def _over(**axes: Sequence[Any]) -> list[dict[str, Any]]:
 def methods(experts: int) -> dict[str, Method]:
     """The methods, with the settings that depend on how many experts there are."""
     share = round(1 / experts, 4)
-    magnitude = {"criterion": "magnitude"}
+    magnitude, no_data = {"criterion": "magnitude"}, {"statistics": "none"}
     least, nearest = {"assignment": "least_error"}, {"assignment": "nearest"}
 
     def stretches(**rest: Any) -> list[dict[str, Any]]:
@@ -135,14 +135,12 @@ def methods(experts: int) -> dict[str, Method]:
             "regmean_full", {}, *_over(keep=(0.1, 0.5, 0.99))
         ),
         "RegMean, sketch": _method(
-            "regmean", {}, *_over(shrink=(0.8,), stretch=(1.0, 1.3)), {"stretch": 1.3},
+            "regmean", {}, *_over(stretch=("auto", 1.3)), {"shrink": 0.8},
             statistics="measured", ours=True,
         ),
-        "RegMean, no data": _method(
-            "regmean", {"statistics": "none"}, {"statistics": "none", "stretch": 1.3}, ours=True
-        ),
+        "RegMean, no data": _method("regmean", no_data, {**no_data, "stretch": "auto"}, ours=True),
         "RegMean, diagonal": _method(
-            "regmean_diag", {}, *_over(lambda_=(1.4, 2.0)), statistics="measured", ours=True
+            "regmean_diag", {}, *_over(stretch=("auto", 1.4, 2.0)), statistics="measured", ours=True
         ),
         "OBIM": _method(
             "obim", {}, *_over(density=(0.1, round(share / 2, 4))), statistics="measured", ours=True
@@ -154,7 +152,8 @@ def methods(experts: int) -> dict[str, Method]:
         "least_error": _method("obim", least, statistics="measured", ours=True),
         "nearest": _method("obim", nearest, *stretches(), statistics="measured", ours=True),
         "TIES + OBM": _method(
-            "ties_obm", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5)), statistics="measured", ours=True
+            "ties_obm", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5)),
+            statistics="measured", ours=True,
         ),
         "Sign by saliency": _method(
             "obm_sign", {}, *_over(density=(0.2, 0.5)), statistics="measured", ours=True
