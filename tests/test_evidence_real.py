@@ -20,7 +20,7 @@ from benchmarks.corpus import SPLITS
 from benchmarks.real import __main__ as command
 from benchmarks.real import base as base_module
 from benchmarks.real import lab as lab_module
-from benchmarks.real import page, rivals, tables, text
+from benchmarks.real import page, plots, rivals, tables, text
 from benchmarks.real.lab import BASE, SCALES, Lab, Merge
 from benchmarks.real.tail import Encoded, Parts, Score
 
@@ -251,6 +251,15 @@ def test_regret_is_the_distance_to_the_best_of_a_regime() -> None:
 
     below = page.regrets({"one": figures(0.5, 0.75), "two": figures(1.0, 0.25)}, "default")
     assert below == {"one": {"A": 0.25, "B": 0.0}, "two": {"A": 0.0, "B": 0.75}}
+
+
+def test_the_plot_shows_the_figures_and_is_the_same_again(tmp_path: Path) -> None:
+    def figures(value: float) -> dict[str, Any]:
+        rows = {"nearest": {"ours": True, "default": {"recovery": {"t": value}}}}
+        return {"smoke": {"light-2": {"0": {"methods": rows}}}}
+
+    drawn = [plots.draw(tmp_path, figures(x))[0].read_bytes() for x in (0.5, 0.5, 0.6)]
+    assert drawn[0] == drawn[1] != drawn[2]
 
 
 def test_the_interval_of_a_paired_difference_does_not_see_what_rows_share(lab: Lab) -> None:

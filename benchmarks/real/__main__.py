@@ -21,7 +21,7 @@ import click
 import transformers
 
 from benchmarks.evidence.__main__ import made
-from benchmarks.real import base, page, tables, text
+from benchmarks.real import base, page, plots, tables, text
 from benchmarks.real.lab import SCALES, Lab
 
 REGIMES = list(tables.regimes("abcd"))
@@ -70,6 +70,7 @@ def main(
                     "made": made("cpu")
                 }
                 page.write(docs, kept)
+            plots.draw(docs, page.read(docs))
             print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 

@@ -94,17 +94,26 @@ def regrets(regimes: Regimes, kind: str) -> dict[str, dict[str, float]]:
     return found
 
 
-def _lead(regimes: Regimes) -> list[str]:
-    """Methods × regimes, default / tuned; the least worst regret by default stands first."""
-    below = {kind: regrets(regimes, kind) for kind in KINDS}
+def worst(regimes: Regimes, kind: str) -> dict[str, float]:
+    """Each method's regret where it is largest; infinite where a regime lacks the method."""
+    below = regrets(regimes, kind)
     every = dict.fromkeys(m for seeds in regimes.values() for one in seeds.values()
                           for m in one["methods"])  # fmt: skip
+    return {m: max(one.get(m, math.inf) for one in below.values()) for m in every}
+
+
+def order(regimes: Regimes) -> list[str]:
+    """The methods, those with the least worst regret by default first."""
+    regret = worst(regimes, "default")
+    return sorted(regret, key=lambda method: regret[method])
+
+
+def _lead(regimes: Regimes) -> list[str]:
+    """Methods × regimes, default / tuned."""
+    below = {kind: regrets(regimes, kind) for kind in KINDS}
+    most = {kind: worst(regimes, kind) for kind in KINDS}
     ours = {m for seeds in regimes.values() for one in seeds.values()
             for m, row in one["methods"].items() if row["ours"]}  # fmt: skip
-
-    def worst(method: str, kind: str) -> float:
-        """Infinite where a regime lacks the method: it is not known how bad it may be."""
-        return max(one.get(method, math.inf) for one in below[kind].values())
 
     def cell(name: str, method: str, kind: str) -> str:
         found = scores(regimes[name], method, kind)
@@ -112,9 +121,9 @@ def _lead(regimes: Regimes) -> list[str]:
         return f"**{shown}**" if below[kind][name].get(method) == 0 else shown
 
     rows = []
-    for method in sorted(every, key=lambda m: worst(m, "default")):
+    for method in order(regimes):
         cells = [" / ".join(cell(name, method, kind) for kind in KINDS) for name in regimes]
-        regret = [worst(method, kind) for kind in KINDS]
+        regret = [most[kind][method] for kind in KINDS]
         shown = " / ".join(f"{x:.2f}" if math.isfinite(x) else "–" for x in regret)
         rows.append([f"*{method}*" if method in ours else method, *cells, shown])
     return _table(["method", *regimes, "worst regret"], rows)
