@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager
+from typing import Any
 
 import mergekit.architecture
 from mergekit.config import MergeConfiguration
@@ -19,7 +19,7 @@ from mergekit.plan import MergePlanner
 from pydantic import ValidationError
 
 import mergekit_obim
-from mergekit_obim.errors import ObimError, RecipeError, one_line
+from mergekit_obim.errors import ObimError, RecipeError, one_line, told_as
 from mergekit_obim.methods.mergekit_hooks import plan_module_checked, plans_ours
 from mergekit_obim.methods.planning import PlanReport, registry
 from mergekit_obim.models.adapters import trust_by_content
@@ -106,7 +106,7 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
             shortened to one line.
     """
     with _in_our_words():
-        return _tasks(_planner(MergePlanner, config, options))
+        return _tasks(_planner(config, options, inspected=False))
 
 
 def plan_and_collect(
@@ -120,43 +120,31 @@ def plan_and_collect(
     found = PlanReport()
     try:
         with _in_our_words():
-            planner = _planner(_CollectingPlanner, config, options)
-            found = planner.found
+            planner = _planner(config, options, inspected=True)
+
+            def plan_module(name: str, definition: Any) -> None:
+                plan_module_checked(planner, name, found)
+
+            if plans_ours(planner):
+                vars(planner)["plan_module"] = plan_module
             return _tasks(planner), found
     except ObimError as error:
         found.add(error, "plan")
         return [], found
 
 
-class _CollectingPlanner(MergePlanner):
-    """mergekit's planner, which collects what is wrong with a recipe instead of raising it."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self.found = PlanReport()
-
-    def plan_module(self, module_name: str, definition: Any) -> None:
-        if plans_ours(self):
-            plan_module_checked(self, module_name, self.found)
-        else:
-            super().plan_module(module_name, definition)
-
-
-P = TypeVar("P", bound=MergePlanner)
-
-
-def _planner(kind: type[P], config: MergeConfiguration, options: MergeOptions) -> P:
+def _planner(config: MergeConfiguration, options: MergeOptions, *, inspected: bool) -> MergePlanner:
     trust_by_content()
     LoaderCache().setup(options=options)
     no_card = options.model_copy(update={"write_model_card": False})
     find = mergekit.architecture.get_architecture_info
     # Wrapped by `methods.mergekit_hooks`, it inspects the models; `--check` has done so already.
-    info = (inspect.unwrap(find) if kind is _CollectingPlanner else find)(config, no_card)
+    info = (inspect.unwrap(find) if inspected else find)(config, no_card)
     # Of the merged model's configuration only the architecture matters here, not the layers.
     like = config.base_model or config.referenced_models()[0]
     out = like.config(trust_remote_code=options.trust_remote_code)
     # The planner rewrites the recipe that it is given.
-    return kind(config.model_copy(deep=True), info, no_card, out)
+    return MergePlanner(config.model_copy(deep=True), info, no_card, out)
 
 
 def _tasks(planner: MergePlanner) -> list[tuple[Any, Any]]:
@@ -167,11 +155,5 @@ def _tasks(planner: MergePlanner) -> list[tuple[Any, Any]]:
     return [(task.output_weight, task) for task in planned]
 
 
-@contextmanager
-def _in_our_words() -> Iterator[None]:
-    try:
-        yield
-    except ObimError:
-        raise
-    except Exception as error:  # mergekit, transformers and the Hub raise many kinds
-        raise RecipeError(f"mergekit cannot plan this merge: {one_line(error)}") from error
+def _in_our_words() -> AbstractContextManager[None]:
+    return told_as(RecipeError, "mergekit cannot plan this merge")

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import IO, Any
 
 import click
@@ -75,3 +77,24 @@ def quoted(error: BaseException) -> str:
     """Return another library's message as one line of at most 300 characters."""
     text = one_line(error)
     return text if len(text) <= 300 else text[:297] + "…"
+
+
+@contextmanager
+def told_as(
+    kind: type[ObimError],
+    what: str,
+    raised: type[Exception] | tuple[type[Exception], ...] = Exception,
+) -> Iterator[None]:
+    """Raise what another library raises as an error of ours, in one line.
+
+    Args:
+        kind: The error to raise instead.
+        what: The beginning of its message; the library's own follows.
+        raised: What the library may raise. Errors of ours stay as they are.
+    """
+    try:
+        yield
+    except ObimError:
+        raise
+    except raised as error:
+        raise kind(f"{what}: {quoted(error)}") from error

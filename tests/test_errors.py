@@ -909,10 +909,10 @@ def while_writing(kill: Callable[[], None]) -> None:
     calls = iter(range(100))
     original = saliency_file._check_values
 
-    def check_values(*args: Any) -> None:
+    def check_values(*args: Any, **kinds: Any) -> None:
         if next(calls) == 10:
             kill()
-        original(*args)
+        original(*args, **kinds)
 
     saliency_file._check_values = check_values
 

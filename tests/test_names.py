@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 import tiny_models
 from mergekit_obim.calibration.capture import CurvatureCapture
-from mergekit_obim.models.names import weight_names
+from mergekit_obim.models.names import sources_of, weight_names
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -48,7 +48,7 @@ def asked(weight: WeightInfo) -> set[str]:
 def measured_names(model: PreTrainedModel, folder: Path) -> set[str]:
     with CurvatureCapture(model) as capture:
         model(input_ids=torch.tensor([[5, 6, 7]]))
-    names = weight_names(model, stored_names(folder))
+    names = weight_names(model, sources_of(model, stored_names(folder)))
     assert set(names) == set(capture.curvatures()) | set(capture.unscored())
     return {name for known in names.values() for name in known}
 
@@ -78,30 +78,30 @@ def test_every_stored_tensor_is_measured_where_mergekit_infers(name: str, tmp_pa
 
 def test_stored_names_that_differ_are_kept_beside_the_modules() -> None:
     model = tiny_models.build("gpt2")
-    names = weight_names(model, ["wte.weight", "h.0.ln_1.bias", "h.0.attn.bias"])
+    names = weight_names(model, sources_of(model, ["wte.weight", "h.0.ln_1.bias", "h.0.attn.bias"]))
     assert names["transformer.wte.weight"] == ("transformer.wte.weight", "wte.weight")
     assert names["transformer.h.0.ln_1.bias"] == ("transformer.h.0.ln_1.bias", "h.0.ln_1.bias")
     assert not any(".attn.bias" in name for known in names.values() for name in known)
 
     model = tiny_models.build("gpt_neox")
-    names = weight_names(model, ["embed_out.weight"])
+    names = weight_names(model, sources_of(model, ["embed_out.weight"]))
     assert names["lm_head.weight"] == ("lm_head.weight", "embed_out.weight")
 
     model = tiny_models.build("bert-masked")
     module, stored = (f"bert.embeddings.LayerNorm.{kind}" for kind in ("weight", "gamma"))
-    assert weight_names(model, [stored])[module] == (module, stored)
+    assert weight_names(model, sources_of(model, [stored]))[module] == (module, stored)
 
 
 def test_a_tied_weight_stored_twice_keeps_both_names() -> None:
-    names = weight_names(
-        tiny_models.build("llama-tied"), ["model.embed_tokens.weight", "lm_head.weight"]
-    )
+    model = tiny_models.build("llama-tied")
+    names = weight_names(model, sources_of(model, ["model.embed_tokens.weight", "lm_head.weight"]))
     assert names["model.embed_tokens.weight"] == ("model.embed_tokens.weight", "lm_head.weight")
     assert "lm_head.weight" not in names
 
 
 def test_fused_tensors_keep_the_modules_name_only() -> None:
     stored = [f"model.layers.0.block_sparse_moe.experts.{e}.w1.weight" for e in range(4)]
-    names = weight_names(tiny_models.build("mixtral"), stored)
+    model = tiny_models.build("mixtral")
+    names = weight_names(model, sources_of(model, stored))
     fused = "model.layers.0.mlp.experts.gate_up_proj"
     assert names[fused] == (fused,)

@@ -281,6 +281,21 @@ def output_error(layer: Layer, merged: Tensor) -> float:
     return float(sum(errors))
 
 
+def test_the_more_is_known_of_the_inputs_the_nearer_are_the_outputs() -> None:
+    """For inputs of few strong directions, as those of language models are."""
+    layer = a_layer(d=48)
+    generator = torch.Generator().manual_seed(9)
+    decay = torch.arange(1, 49, dtype=DOUBLE) ** -1.5
+    for k in range(3):
+        mixing = torch.randn(48, 48, generator=generator, dtype=DOUBLE) * decay
+        layer.grams[k] = mixing @ mixing.T
+    kinds = [diagonal, *(lambda g, r=r: sketched(g, r) for r in (4, 16)), whole]
+    errors = [output_error(layer, merge(layer, [f(g) for g in layer.grams], 1.0)) for f in kinds]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[1] < 0.2 * errors[0]
+    assert errors[2] < 2 * errors[3]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_a_singular_system_is_solved_with_the_shrink_that_it_bears(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,7 +22,7 @@ from mergekit.merge_methods.api import merge_state_dicts
 from mergekit.options import MergeOptions
 from mergekit.scripts.merge_raw_pytorch import main as mergekit_pytorch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, GptOssConfig, MixtralConfig
 
 import checkpoints
 import commands
@@ -28,7 +31,9 @@ import reference
 from checkpoints import Family, Tensors
 from mergekit_obim.errors import RecipeError, UnscorableError
 from mergekit_obim.kernels.gram import TEST_MATRIX, draw_test_matrix, pack_triangle
+from mergekit_obim.kernels.regmean_gram import merge_regmean_layers, task_vector_layers
 from mergekit_obim.methods import register
+from mergekit_obim.models.linear_layers import input_axes, input_axis_of
 from mergekit_obim.saliency.file import Gram, SaliencyMetadata, saliency_file_name, write_saliency
 from reference import Expert
 
@@ -271,6 +276,20 @@ def test_without_shrink_or_sketches_it_is_regmean_diag(measured: Measured, tmp_p
         commands.same_tensors(merge(recipe(measured.family, shared), out), diag)
 
 
+def test_stretch_auto_is_one_factor_for_the_whole_model(measured: Measured, tmp_path: Path) -> None:
+    family = measured.family
+    deltas = [
+        torch.cat([(t[n] - family.base_tensors[n]).flatten().double() for n in t])
+        for t in family.expert_tensors
+    ]
+    cosine = torch.nn.functional.cosine_similarity
+    pairs = [cosine(a, b, dim=0) for a, b in itertools.combinations(deltas, 2)]
+    factor = math.sqrt(3 / (1 + 2 * float(sum(pairs) / 3)))
+    shared = {"saliency": str(measured.folders["sketch"]), "stretch": "auto"}
+    merged = merge(recipe(family, shared), tmp_path / "out")
+    assert_close(merged, expected_merge(measured, Settings(scale=factor), torch.float32), 0.01)
+
+
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     lines = [r.getMessage() for r in caplog.records if r.name == "mergekit_obim"]
     caplog.clear()
@@ -449,6 +468,56 @@ def test_statistics_none_asks_for_no_files(
         linear = "proj" in name or "lm_head" in name
         expected[name] = (by_task_vectors if linear else mean_of)(base, experts)
     assert_close(merged, expected)
+
+
+def test_statistics_none_knows_how_fused_experts_lie() -> None:
+    """By transformers' own mark; and not what is no linear layer, or has another name."""
+    sizes: dict[str, Any] = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 4,
+        "num_local_experts": 4,
+    }
+    for config, axis in ((MixtralConfig(**sizes), -1), (GptOssConfig(**sizes), -2)):
+        kind = {-1: "MixtralForCausalLM", -2: "GptOssForCausalLM"}[axis]
+        config.architectures = [kind]
+        reference_of = mock.Mock(config=mock.Mock(return_value=config))
+        axes = input_axes(reference_of)
+        for name in ("gate_up_proj", "down_proj"):
+            assert input_axis_of(f"model.layers.0.mlp.experts.{name}", axes) == axis
+        assert input_axis_of("model.layers.0.self_attn.q_proj.weight", axes) == -1
+        assert input_axis_of("layers.0.self_attn.q_proj.weight", axes) == -1
+        assert input_axis_of("model.embed_tokens.weight", axes) is None
+        assert input_axis_of("model.layers.0.input_layernorm.weight", axes) is None
+        assert input_axis_of("model.layers.0.mlp.experts.3.w1.weight", axes) == 0
+    unknown = mock.Mock(config=mock.Mock(side_effect=OSError))
+    assert input_axes(unknown) == {}
+    assert input_axis_of("transformer.wte.weight", {}) is None
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 5), (4, 5)])
+def test_statistics_none_in_memory_takes_two_axes_for_a_layer(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = [torch.randn(shape, generator=generator) for _ in range(3)]
+    models = {f"e{k}": {"w": t} for k, t in enumerate(experts)}
+    merged = mergekit_obim.merge({"w": base}, models, method="regmean", statistics="none")["w"]
+    assert_close(
+        {"w": merged}, {"w": (by_task_vectors if len(shape) == 2 else mean_of)(base, experts)}
+    )
+
+
+def test_statistics_none_merges_fused_experts_one_by_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, *experts = [torch.randn(3, 6, 5, generator=generator) for _ in range(3)]
+    turned = [e.mT for e in experts]
+    layers = task_vector_layers(base.mT, turned, -2)
+    merged = merge_regmean_layers(base.mT, turned, -2, layers, [1.0, 1.0], 0.5, 1.0)
+    expected = [by_task_vectors(base[i], [e[i] for e in experts]) for i in range(3)]
+    assert_close({"w": merged.mT}, {"w": torch.stack(expected)})
 
 
 def test_statistics_none_knows_conv1d_by_the_bases_class(tmp_path: Path) -> None:

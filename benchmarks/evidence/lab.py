@@ -81,6 +81,17 @@ SCALES = {
         windows=48,
         questions=200,
     ),
+    # Small enough to be trained until it hardly improves: gentle experts then change little.
+    "settled": Scale(  # 0.5M parameters
+        size=Size(hidden=96, layers=4, heads=4, intermediate=256),
+        train_chars=600_000,
+        base=Training(steps=2000, learning_rate=3e-3, final_rate=0.02),
+        expert=Training(steps=200, learning_rate=1e-4, seed=1),
+        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,
+        windows=48,
+        questions=200,
+    ),
     "large": Scale(  # 57M parameters, for a GPU
         size=Size(hidden=768, layers=8, heads=12, intermediate=2048),
         train_chars=2_000_000,

@@ -44,7 +44,7 @@ from mergekit_obim.errors import (
     quoted,
 )
 from mergekit_obim.models.inspection import inspect_models, open_models
-from mergekit_obim.models.names import weight_names
+from mergekit_obim.models.names import sources_of, weight_names
 from mergekit_obim.models.opened import open_model
 from mergekit_obim.recipe import Place
 from mergekit_obim.recipe.calibration import (
@@ -148,16 +148,10 @@ def measure(
                 refuse("a model that is yet to be loaded", {"tokenizer": tokenizer})
                 run = run_options(device, options, quiet=quiet)
                 found = _measure_stored(model, base, settings, folder, run)
-    sources = [
-        {**source, "data": "data"} if source.get("data") == str(rows) else source
-        for source in found.metadata.calibration["sources"]
-    ]
-    metadata = found.metadata.model_copy(
-        update={
-            "calibration": {**found.metadata.calibration, "sources": sources},
-            "model": name or found.metadata.model,
-        }
-    )
+    for source in found.metadata.calibration["sources"]:
+        if source.get("data") == str(rows):
+            source["data"] = "data"
+    metadata = found.metadata.model_copy(update={"model": name} if name else {})
     return replace(found, metadata=metadata)
 
 
@@ -290,7 +284,7 @@ def _measure_loaded(
     untied = remove_tied_weights_from_state_dict(model.state_dict(), model)
     stored = _Stored(revert_weight_conversion(model, untied))
     # Before the run, which unties the tied among offloaded weights.
-    names = weight_names(model, stored.names)
+    names = weight_names(model, sources_of(model, stored.names))
     with _evaluating(model):
         try:
             capture, products = run_with_products(

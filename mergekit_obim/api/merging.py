@@ -24,7 +24,7 @@ import mergekit_obim
 from mergekit_obim.api.arguments import PathLike, check_options, refuse
 from mergekit_obim.api.saliency import ExpertSaliency, write_saliency
 from mergekit_obim.dry_run import read_config
-from mergekit_obim.errors import ObimError, RecipeError, quoted
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import registry
 from mergekit_obim.recipe import Document, Method, recipe_faults
 from mergekit_obim.recipe.faults import raise_errors, warnings_of
@@ -45,9 +45,6 @@ def merge(
     method: str = ...,
     *,
     out: None = ...,
-    dtype: str | torch.dtype | None = ...,
-    quiet: bool = ...,
-    options: Mapping[str, Any] | None = ...,
     **parameters: Any,
 ) -> dict[str, Tensor]: ...
 @overload
@@ -58,9 +55,6 @@ def merge(
     method: str = ...,
     *,
     out: PathLike,
-    dtype: str | torch.dtype | None = ...,
-    quiet: bool = ...,
-    options: Mapping[str, Any] | None = ...,
     **parameters: Any,
 ) -> Path: ...
 def merge(
@@ -252,14 +246,11 @@ def _merge_state_dicts(
         for name, weights in {base_id: base, **experts}.items()
     }
     dtype = dtype_from_name(recipe.get("dtype"))
-    try:
+    kinds = TypeError, ValueError, RuntimeError
+    with told_as(RecipeError, "these state dicts cannot be merged", kinds):
         merged = merge_state_dicts(
             kept, method.name, base=base_id, parameters=parameters, dtype=dtype
         )
-    except ObimError:
-        raise
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise RecipeError(f"these state dicts cannot be merged: {quoted(error)}") from error
     return {name: merged[aliases.get(name, name)] for name in base}
 
 

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mergekit.io.tasks import LoaderCache
 
 from mergekit_obim import checking
-from mergekit_obim.api.arguments import PathLike, calling, run_options
+from mergekit_obim.api.arguments import PathLike, run_options
 from mergekit_obim.checking.verdict import Verdict
 from mergekit_obim.errors import RecipeError
 from mergekit_obim.recipe import Document
-from mergekit_obim.recipe.document import read_documents
+from mergekit_obim.recipe.document import documents_of, read_documents
 
 
 def check(
@@ -67,8 +66,4 @@ def _documents(recipe: PathLike | Mapping[str, Any]) -> list[Document]:
                 f"{path}: there is no such recipe (a relative path starts at {os.getcwd()})"
             )
         return read_documents(path)
-    with TemporaryDirectory(prefix="mergekit-obim-") as made:
-        path = Path(made, "recipe.yml")
-        path.write_text(recipe, encoding="utf-8")
-        with calling(path, "the recipe"):
-            return read_documents(path)
+    return documents_of(recipe, "the recipe")

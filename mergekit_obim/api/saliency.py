@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from mergekit_obim.api.arguments import PathLike
-from mergekit_obim.errors import ObimError, SaliencyFileError, one_line
+from mergekit_obim.errors import SaliencyFileError, told_as
 from mergekit_obim.recipe.faults import nearest
 from mergekit_obim.saliency import file as saliency_file
 from mergekit_obim.saliency.file import SaliencyFile, SaliencyMetadata
@@ -143,10 +143,6 @@ def write_saliency(path: PathLike, tensors: Mapping[str, Tensor], **metadata: An
     if isinstance(tensors, ExpertSaliency):
         entries |= tensors.products
     shapes = {name: tuple(tensor.shape) for name, tensor in entries.items()}
-    try:
+    with told_as(SaliencyFileError, f"{path}: cannot be written", OSError):
         saliency_file.write_saliency(path, shapes, entries.__getitem__, header)
-    except ObimError:
-        raise
-    except OSError as error:
-        raise SaliencyFileError(f"{path}: cannot be written: {one_line(error)}") from error
     return path

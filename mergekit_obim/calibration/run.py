@@ -320,10 +320,9 @@ def _run(
         options,
         path.with_name(f".{path.name}.{ranks.rank}.offload"),
     ) as model:
-        stored = set(prepared.model.names)
-        check_loaded(model, prepared.model, prepared.wanted.fingerprint)
+        sources = check_loaded(model, prepared.model, prepared.wanted.fingerprint)
         # Before the run, which unties the tied among offloaded weights.
-        names = weight_names(model, stored)
+        names = weight_names(model, sources)
         try:
             capture, products = run_with_products(
                 model,

@@ -1,9 +1,8 @@
 """``obim-saliency --check``: everything that would go wrong with a recipe, before the work begins.
 
-``adapters``  adapters that do not fit their models, and saliency that is out of date
-``models``    the models by themselves and beside the base, and the merge as it is planned
-``estimate``  the disk and memory that both commands will take
-``verdict``   the result, for people and as JSON
+``one_recipe`` a recipe's adapters and models, the merge as it is planned, the calibration
+``estimate``   the disk and memory that both commands will take
+``verdict``    the result, for people and as JSON
 
 It has no rules of its own: it runs mergekit's planner with our checks in it, the pre-pass's own
 preparations, and the comparison of sampled weights (``mergekit_obim.models.weight_comparison``).
@@ -14,30 +13,22 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from mergekit import merge_methods
-from mergekit.common import ModelReference, dtype_from_name
-from mergekit.config import MergeConfiguration
+from mergekit.common import ModelReference
 
 from mergekit_obim.calibration.options import RunOptions
-from mergekit_obim.calibration.ranks import Ranks
-from mergekit_obim.calibration.run import Prepared, prepare_expert
-from mergekit_obim.checking.adapters import check_adapters
-from mergekit_obim.checking.estimate import merge_cost, prepass_cost
-from mergekit_obim.checking.models import check_models, check_plan, expert_references
+from mergekit_obim.calibration.run import Prepared
+from mergekit_obim.checking.one_recipe import RecipeCheck
 from mergekit_obim.checking.verdict import Verdict
 from mergekit_obim.dry_run import read_recipe
-from mergekit_obim.errors import ObimError
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.models.inspection import Opened
-from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.models.weight_comparison import compare_weights
 from mergekit_obim.recipe import Document, Fault
-from mergekit_obim.recipe.calibration import is_here
 from mergekit_obim.recipe.document import parse
-from mergekit_obim.recipe.experts import Expert, Experts, find_experts, find_in_all
+from mergekit_obim.recipe.experts import Experts, find_experts, find_in_all
 from mergekit_obim.recipe.fix import change_lines, mend, path_warnings, scale_densities
 from mergekit_obim.recipe.keys import base_of
 
@@ -138,97 +129,19 @@ def _check(
             f"merge_method: {method.spec.name} is not a method of mergekit-obim: its "
             "parameters were not checked"
         )
-    check_adapters(config, out_dir, options, verdict)
-    opened = check_models(config, document.stages, options, verdict)
-    missing = check_plan(config, opened, out_dir, options, verdict)
-    to_measure = [
-        expert for expert in found.measured if out_dir is not None or _names(missing, expert.model)
-    ]
-    # An expert whose saliency file exists needs no calibration any more.
-    verdict.add(
-        fault
-        for model, fault in found.uncalibrated.items()
-        if out_dir is not None or _names(missing, model)
-    )
-    _check_calibration(to_measure, base_of(document), opened, out_dir, options, verdict)
-    _estimate(config, to_measure, opened.readable, options, verdict)
+    one = RecipeCheck(config, out_dir, options, verdict)
+    one.check_adapters()
+    one.check_models(document.stages)
+    missing = one.check_plan()
+
+    def is_measured(model: str) -> bool:
+        # An expert whose saliency file exists needs no calibration any more.
+        return out_dir is not None or any(f"model {model}:" in line for line in missing)
+
+    experts = [expert for expert in found.measured if is_measured(expert.model)]
+    verdict.add(fault for model, fault in found.uncalibrated.items() if is_measured(model))
+    one.check_calibration(experts, base_of(document))
+    one.estimate(experts)
     verdict.errors = list(dict.fromkeys(verdict.errors))
     verdict.warnings = list(dict.fromkeys(verdict.warnings))
     return verdict
-
-
-def _names(lines: Collection[str], model: str) -> bool:
-    return any(f"model {model}:" in line for line in lines)
-
-
-def _check_calibration(
-    experts: Collection[Expert],
-    base: object,
-    opened: Opened,
-    out_dir: Path | None,
-    options: RunOptions,
-    verdict: Verdict,
-) -> None:
-    """Prepare the experts as the pre-pass does, and note what is wrong with their calibration."""
-    with TemporaryDirectory() as nowhere:
-        for expert in experts:
-            reference = ModelReference.model_validate(expert.reference)
-            sources = expert.calibration.sources
-            elsewhere = [s.data for s in sources if not (s.is_self or is_here(s.data))]
-            if elsewhere:
-                verdict.warnings.append(
-                    f"model {expert.model}: data set {elsewhere[0]} was not looked at: the "
-                    "pre-pass will read it"
-                )
-            if elsewhere or reference not in opened.readable:
-                continue
-            try:
-                prepared = prepare_expert(
-                    expert,
-                    base,
-                    opened.models,
-                    out_dir or Path(nowhere),
-                    options,
-                    Ranks(),
-                )
-            except ObimError as error:
-                verdict.errors.append(error.message)
-                continue
-            warnings = list(prepared.data.warnings)
-            if prepared.unwritten:
-                warnings.append(
-                    "data: self: the pre-pass will have it write "
-                    f"{sum(s.samples for s in sources if s.is_self):,} rows of its own first"
-                )
-            verdict.warnings += [f"model {expert.model}: {warning}" for warning in warnings]
-
-
-def _estimate(
-    config: MergeConfiguration,
-    to_measure: Collection[Expert],
-    models: Mapping[ModelReference, OpenModel],
-    options: RunOptions,
-    verdict: Verdict,
-) -> None:
-    model = models.get(config.base_model) if config.base_model else None
-    model = model or next(iter(models.values()), None)
-    if model is None:
-        return
-    shapes = {name: list(header.shape) for name, header in model.headers.items()}
-    stored = next(tensor.dtype for tensor in map(model.load, shapes) if tensor.is_floating_point())
-    experts = len(expert_references(config))
-    if to_measure:
-        asked = {e.calibration.dtype for e in to_measure}
-        verdict.cost["obim-saliency"] = prepass_cost(
-            shapes,
-            len(to_measure),
-            dtype_from_name(asked.pop()) or stored if len(asked) == 1 else stored,
-            tied="lm_head.weight" not in shapes and "embed_out.weight" not in shapes,
-            dense=options.dense,
-        )
-    try:
-        merged = dtype_from_name(config.dtype) or stored
-        written = dtype_from_name(config.out_dtype) or merged
-    except RuntimeError:
-        return  # the recipe has another error then
-    verdict.cost["mergekit-yaml"] = merge_cost(shapes, experts, merged, written)

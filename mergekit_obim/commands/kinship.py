@@ -69,33 +69,23 @@ def kinship(
     Prints Pearson's correlation, cosine and Euclidean distance of their task vectors. With
     --plan DIR it plans merges instead, generation by generation, from scores that you fill in.
     """
-    if plan is None:
-        if top_k or recipe:
-            raise click.UsageError("--top-k and --recipe do nothing without --plan")
-        if not (models and base):
-            raise click.UsageError("name two or more MODELs, and --base")
-        _measure(models, base, layers, output, as_json, merge_options(options))
+    if plan is not None:
+        if layers or output or as_json:
+            raise click.UsageError("--layers, --output and --json do nothing with --plan")
+        known = (plan / "plan.json").exists()
+        if known and (models or base or top_k or recipe):
+            raise click.UsageError(f"{plan} has a plan already: --plan {plan} alone continues it")
+        _plan(plan, None if known else _begin(models, base, top_k, recipe), merge_options(options))
         return
-    if layers or output or as_json:
-        raise click.UsageError("--layers, --output and --json do nothing with --plan")
-    known = (plan / "plan.json").exists()
-    if known and (models or base or top_k or recipe):
-        raise click.UsageError(f"{plan} has a plan already: --plan {plan} alone continues it")
-    _plan(plan, None if known else _begin(models, base, top_k, recipe), merge_options(options))
+    if top_k or recipe:
+        raise click.UsageError("--top-k and --recipe do nothing without --plan")
+    if not (models and base):
+        raise click.UsageError("name two or more MODELs, and --base")
 
-
-def _measure(
-    models: tuple[str, ...],
-    base: str,
-    layers: bool,
-    output: Path | None,
-    as_json: bool,
-    options: MergeOptions,
-) -> None:
     from mergekit_obim.kinship.measures import measure
     from mergekit_obim.saliency.file import write_text
 
-    measured = measure(models, base, options)
+    measured = measure(models, base, merge_options(options))
     found = measured.to_dict(layers=layers)
     text = json.dumps(found, indent=1)
     if output:
@@ -104,10 +94,7 @@ def _measure(
         click.echo(f"Warning: tensor {name} was left out: {reason}", err=True)
     if len(found["skipped"]) > 5:
         click.echo(f"Warning: {len(found['skipped'])} tensors were left out in all", err=True)
-    if as_json:
-        click.echo(text)
-        return
-    click.echo("\n".join(_tables(found)))
+    click.echo(text if as_json else "\n".join(_tables(found)))
 
 
 def _tables(found: dict[str, Any]) -> list[str]:

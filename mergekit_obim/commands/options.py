@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -41,6 +42,26 @@ _GROUPS: dict[str, tuple[str, ...]] = {
     "Storage": ("transformers_cache", "lora_merge_cache"),
     "Dangerous Options": ("trust_remote_code",),
 }
+
+
+def batch_size(value: str) -> int | str:
+    """Read a positive number, or ``auto``."""
+    if value == "auto":
+        return value
+    if value.isdecimal() and int(value) > 0:
+        return int(value)
+    raise click.BadParameter(f"{value!r} is neither a positive number nor 'auto'")
+
+
+def device_memory(value: str) -> tuple[int | str, int | str]:
+    """Read ``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
+    found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", value, re.IGNORECASE)
+    if found is None:
+        raise click.BadParameter(
+            f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB"
+        )
+    device, size = (int(part) if part.isdecimal() else part for part in found.groups())
+    return device, size
 
 
 def shared_options(command: F) -> F:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -19,10 +18,12 @@ from mergekit_obim.commands.options import (
     FILE,
     NEW_FILE,
     GroupedHelp,
+    batch_size,
+    device_memory,
     shared_options,
     start_logging,
 )
-from mergekit_obim.errors import CheckpointError, ObimError, RecipeError, one_line
+from mergekit_obim.errors import CheckpointError, RecipeError, one_line, told_as
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -35,46 +36,6 @@ if TYPE_CHECKING:
     from mergekit_obim.calibration.run import Measured
     from mergekit_obim.models.inspection import Opened
     from mergekit_obim.recipe.experts import Expert
-
-    ParamType = click.ParamType[Any]  # not subscriptable before click 8.4
-else:
-    ParamType = click.ParamType
-
-
-class BatchSize(ParamType):
-    """A positive number, or ``auto``."""
-
-    name = "integer|auto"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
-        if value == "auto" or isinstance(value, int):
-            return value if value == "auto" else int(value)
-        if str(value).isdecimal() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r} is neither a positive number nor 'auto'", param, ctx)
-
-
-class DeviceMemory(ParamType):
-    """``DEVICE=SIZE`` for accelerate: ``0=20GiB``, ``cpu=64GiB``; without a unit, bytes."""
-
-    name = "device=size"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> tuple[int | str, int | str]:
-        if isinstance(value, tuple):
-            return value
-        found = re.fullmatch(r"([^=]+)=(\d+(?:\.\d+)?[KMG]i?B|\d+)", str(value), re.IGNORECASE)
-        if found is None:
-            self.fail(
-                f"{value!r} is not of the form DEVICE=SIZE, as 0=20GiB or cpu=64GiB", param, ctx
-            )
-        device, size = found.groups()
-        return int(device) if device.isdecimal() else device, (
-            int(size) if size.isdecimal() else size
-        )
 
 
 class TwoUsages(GroupedHelp):
@@ -106,7 +67,8 @@ class TwoUsages(GroupedHelp):
 )
 @click.option(
     "--batch-size",
-    type=BatchSize(),
+    type=batch_size,
+    metavar="INTEGER|AUTO",
     help="Sequences per forward pass; changes the speed only  [default: auto]",
 )
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
@@ -165,7 +127,11 @@ class TwoUsages(GroupedHelp):
     "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
 )
 @click.option(
-    "--max-memory", type=DeviceMemory(), multiple=True, help="With --device-map; repeatable"
+    "--max-memory",
+    type=device_memory,
+    metavar="DEVICE=SIZE",
+    multiple=True,
+    help="With --device-map; repeatable",
 )
 @shared_options
 def main(
@@ -282,10 +248,8 @@ def _measure(
     raise_errors(faults)
     for fault in warnings_of(faults) if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)
-    try:
+    with told_as(RecipeError, f"{out_dir}: cannot be written to", OSError):
         out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RecipeError(f"{out_dir}: cannot be written to: {one_line(error)}") from error
 
     jobs: list[tuple[Prepared, RunOptions]] = []
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
@@ -326,12 +290,8 @@ def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
 
     from mergekit_obim.saliency.combine import combine
 
-    try:
+    with told_as(RecipeError, f"{output}: cannot be written", OSError):
         file = combine(paths, output)
-    except ObimError:
-        raise  # some of which are OSErrors too
-    except OSError as error:
-        raise RecipeError(f"{output}: cannot be written: {one_line(error)}") from error
     click.echo(
         f"{output}: {len(file.shapes)} tensors of "
         + ", ".join(
@@ -357,24 +317,20 @@ def _inspected(
     """
     from mergekit.common import ModelReference
 
-    from mergekit_obim.models.inspection import (
-        inspect_absent,
-        inspect_models,
-        is_aligned,
-        open_models,
-    )
+    from mergekit_obim.models import inspection
     from mergekit_obim.recipe.faults import raise_errors
 
-    opened = open_models([base] if base else [], options)
+    opened = inspection.open_models([base] if base else [], options)
     # What is to be measured is downloaded, and its adapter merged, if need be.
     wanted = [ModelReference.model_validate(expert.reference) for expert in experts]
-    fetched = open_models(wanted, options, fetch=True)
+    fetched = inspection.open_models(wanted, options, fetch=True)
     opened.models |= fetched.models
     found = [*opened.faults, *fetched.faults]
-    found += inspect_models(opened.models, base, options, aligned=is_aligned(merge), merging=False)
+    aligned = inspection.is_aligned(merge)
+    found += inspection.inspect_models(opened.models, base, options, aligned=aligned, merging=False)
     if base in opened.absent:
         with suppress(CheckpointError):  # only the merge needs it
-            found += inspect_absent(base, options)
+            found += inspection.inspect_absent(base, options)
     raise_errors(found)
     for fault in found if ranks.first else ():
         click.echo(f"Warning: {fault}", err=True)

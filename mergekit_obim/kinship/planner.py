@@ -11,7 +11,6 @@ the k best unchanged. The user runs the merges and scores the models; a folder h
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import math
@@ -22,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
+from mergekit_obim.recipe.faults import nearest
 from mergekit_obim.saliency.file import write_text
 
 # The paper merges its pairs this way.
@@ -65,12 +65,10 @@ def read(folder: Path) -> Evolution:
         RecipeError: The folder has no plan, or its plan cannot be read.
     """
     path = folder / "plan.json"
-    try:
+    if not path.exists():
+        raise RecipeError(f"{folder}: has no plan yet: name the models and --base")
+    with told_as(RecipeError, f"{path}: cannot be read"):
         return Evolution(**json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError as error:
-        raise RecipeError(f"{folder}: has no plan yet: name the models and --base") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
 
 
 def write(folder: Path, evolution: Evolution, scores: Mapping[str, float]) -> None:
@@ -101,27 +99,19 @@ def read_scores(folder: Path, evolution: Evolution) -> dict[str, float]:
         RecipeError: The file names a model that is not in the plan, or a score is not a number.
     """
     path = folder / "scores.yml"
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
+    with told_as(RecipeError, f"{path}: cannot be read"):
+        content = path.exists() and yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content or {}, Mapping):
         raise RecipeError(f"{path}: should have a line `NAME: NUMBER` for each model")
     scores = {}
     for name, score in (content or {}).items():
         if name not in evolution.models:
-            near = difflib.get_close_matches(str(name), evolution.models, n=1)
-            hint = (
-                f"did you mean {near[0]}?" if near else f"there are {', '.join(evolution.models)}"
-            )
+            near = nearest(str(name), evolution.models)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(evolution.models)}"
             raise RecipeError(f"{path}: there is no model {name!r}; {hint}")
         if score is None:
             continue
-        if (
-            isinstance(score, bool)
-            or not isinstance(score, int | float)
-            or not math.isfinite(score)
-        ):
+        if type(score) not in (int, float) or not math.isfinite(score):
             raise RecipeError(f"{path}: the score of {name} is {score!r}; write a number")
         scores[name] = float(score)
     return scores

@@ -76,7 +76,9 @@ class RegMean(RegMeanDiag):
         axis: int | None = None
         layers: list[Layers] | None = None
         if shrink and parameters["statistics"] == "none":
-            axis = parameters["input_axis"] if base.ndim == 2 else None
+            axis = parameters["input_axis"]
+            if axis == 0:  # not known by the base's class
+                axis = -1 if base.ndim == 2 else None
             layers = task_vector_layers(base, experts, axis) if axis else None
         elif shrink:
             axis, layers = _measured(base, taking, parameters)

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from mergekit.common import ModelPath, ModelReference
 from safetensors import safe_open
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from mergekit_obim.errors import AdapterError, ObimError, quoted
+from mergekit_obim.errors import AdapterError, told_as
 from mergekit_obim.models.files import file_headers
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.models.locking import locked
@@ -100,7 +100,7 @@ def merged(
     there = look_up(reference, cache_dir)
     if there.rebuild_reason:
         check_adapter(reference)
-        with _in_one_line(reference), locked(there.folder, waiting=lambda: None):
+        with _in_one_line(reference), locked(there.folder):
             # Another process may have made it while this one waited.
             there = look_up(reference, cache_dir)
             if there.rebuild_reason:
@@ -108,16 +108,10 @@ def merged(
     return ModelReference(model=ModelPath(path=str(there.folder)))
 
 
-@contextmanager
-def _in_one_line(reference: ModelReference) -> Iterator[None]:
-    try:
-        yield
-    except ObimError:
-        raise
-    except Exception as error:  # transformers, peft, the Hub and the disk raise many kinds
-        raise AdapterError(
-            f"model {reference}: the adapter cannot be merged into its model: {quoted(error)}"
-        ) from error
+def _in_one_line(reference: ModelReference) -> AbstractContextManager[None]:
+    # transformers, peft, the Hub and the disk raise many kinds of errors.
+    what = f"model {reference}: the adapter cannot be merged into its model"
+    return told_as(AdapterError, what)
 
 
 def look_up(reference: ModelReference, cache_dir: str) -> MergedAdapter:

@@ -55,102 +55,80 @@ def comparison_faults(
     if faults:
         return faults  # the settings of unknown architectures cannot be compared
     if base:
-        alike = [
-            model for model in experts if model.config.architectures == base.config.architectures
-        ]
+        kind = base.config.architectures
+        alike = [model for model in experts if model.config.architectures == kind]
         for model in alike:
             faults += config_faults(model.label, model.config, base.label, base.config)
         stored = {model.label: model.loader.index.tensor_paths.keys() for model in (base, *alike)}
         faults += head_faults(base.label, base.config, stored)
-    vocabularies = _Vocabularies(models, access)
-    faults += vocabularies.aligned() if aligned else vocabularies.mixed(base)
+    faults += _vocabulary_faults(models, base, aligned=aligned, access=access)
     return faults
 
 
-class _Vocabularies:
-    """The vocabularies of the models of one recipe.
+def _vocabulary_faults(
+    models: Sequence[OpenModel], base: OpenModel | None, *, aligned: bool, access: Access
+) -> Iterator[Fault]:
+    """Compare what the tokenizers make of each number, unless mergekit aligns rows by tokens.
 
-    Args:
-        models: The base, if it is on this machine, and the experts.
-        access: How models are read, and whether a tokenizer's own code may run.
+    An adapter's own tokens are warned of in either case, as mergekit does not look at them.
     """
-
-    def __init__(self, models: Sequence[OpenModel], access: Access) -> None:
-        self.models = {model.label: model for model in models}
-        self._access = access
-        sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
-        self._rows = min((size for size in sizes if size), default=None)
-
-    def mixed(self, base: OpenModel | None) -> Iterator[Fault]:
-        """Yield what is wrong if rows are mixed by their numbers, mergekit's default."""
-        known: dict[str, Vocabulary] = {}
-        for label, model in self.models.items():
-            places = (model.reference.lora, model.reference.model)
-            try:
-                found = next(filter(None, (self._read(place) for place in places if place)), None)
-            except Exception as error:  # whatever transformers raises at broken or foreign files
-                why = f"can't be loaded: {quoted(error)}"
-                if "trust_remote_code" in str(error):
-                    why = "comes with code of its own: if you trust that, give --trust-remote-code"
+    sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in models]
+    rows = min((size for size in sizes if size), default=None)
+    known: dict[str, Vocabulary] = {}
+    adapters: dict[str, str] = {}
+    for model in models:
+        label, reference = model.label, model.reference
+        try:
+            own = _read(reference.lora, rows, access) if reference.lora else None
+            known |= {label: own} if own else {}
+            if aligned and not own:
+                continue
+            others = _read(reference.model, rows, access)
+        except Exception as error:  # whatever transformers raises at broken or foreign files
+            why = f"can't be loaded: {quoted(error)}"
+            if "trust_remote_code" in str(error):
+                why = "comes with code of its own: if you trust that, give --trust-remote-code"
+            if not aligned and label not in known:
                 line = f"model {label}: its tokens were not compared, as its tokenizer {why}"
                 yield model_fault("warning", line)
-                continue
-            if found:
-                known[label] = found
-        faults = list(token_faults(known, base.label if base else "the base", self._differ))
+            continue
+        if others and not own:
+            known[label] = others
+        elif own and others and not all(map(is_spare, dict(own.items() - others.items()))):
+            adapters[label] = (
+                f"model {label}: the adapter {reference.lora} has other tokens than "
+                f"{reference.model}, and mergekit's tokenizer option looks at the latter's "
+                "only; merge the adapter into it, and save its tokenizer with the result"
+            )
+    if not aligned:
+        opened = {model.label: model for model in models}
+
+        def differ(one: str, other: str, numbers: Collection[int]) -> bool:
+            return _rows_differ(opened[one], opened[other], sorted(numbers)[:_MOST_ROWS])
+
+        faults = list(token_faults(known, base.label if base else "the base", differ))
         yield from faults
-        for label, line in self._own_tokenizers():
-            if any(label in fault.message for fault in faults):
-                yield model_fault("warning", line)
+        told = [label for label in adapters if any(label in fault.message for fault in faults)]
+        adapters = {label: adapters[label] for label in told}
+    for line in adapters.values():
+        yield model_fault("warning", line)
 
-    def aligned(self) -> Iterator[Fault]:
-        """Yield what is wrong if mergekit aligns rows by tokens, which ignores adapters' tokens."""
-        for _, line in self._own_tokenizers():
-            yield model_fault("warning", line)
 
-    def _own_tokenizers(self) -> Iterator[tuple[str, str]]:
-        """Yield the label and a warning for each adapter with other tokens than its model."""
-        for label, model in self.models.items():
-            reference = model.reference
-            try:
-                own = self._read(reference.lora) if reference.lora else None
-                others = self._read(reference.model) if own else None
-            except Exception:  # `mixed` warns of it
-                continue
-            if own and others and not all(map(is_spare, dict(own.items() - others.items()))):
-                yield (
-                    label,
-                    f"model {label}: the adapter {reference.lora} has other tokens than "
-                    f"{reference.model}, and mergekit's tokenizer option looks at the latter's "
-                    "only; merge the adapter into it, and save its tokenizer with the result",
-                )
-
-    def _read(self, place: ModelPath) -> Vocabulary | None:
-        folder = local_folder(place, self._access.transformers_cache)
-        if folder is None:
-            return None
-        found = read_vocabulary(folder, trust_remote_code=self._access.trust_remote_code)
-        if found and self._rows and max(found.values()) >= self._rows:
-            # Rows that not every model has are not merged, so their tokens do not matter.
-            return {token: number for token, number in found.items() if number < self._rows}
-        return found
-
-    def _differ(self, one: str, other: str, numbers: Collection[int]) -> bool:
-        return _rows_differ(self.models[one], self.models[other], sorted(numbers)[:_MOST_ROWS])
+def _read(place: ModelPath, rows: int | None, access: Access) -> Vocabulary | None:
+    """Read the tokens of the rows that every model has, as only those are merged."""
+    folder = local_folder(place, access.transformers_cache)
+    if folder is None:
+        return None
+    found = read_vocabulary(folder, trust_remote_code=access.trust_remote_code)
+    if found and rows and max(found.values()) >= rows:
+        return {token: number for token, number in found.items() if number < rows}
+    return found
 
 
 def _rows_differ(one: OpenModel, other: OpenModel, numbers: Sequence[int]) -> bool:
     """Return whether any vocabulary weight differs in these rows; True if none is known."""
-    names = {
-        weight.name for weight in vocabulary_weights(one.config) if weight.vocabulary_axis == 0
-    }
-    if not names:
-        return True
-    both = [
-        name
-        for name in names
-        if all(name in model.loader.index.tensor_paths for model in (one, other))
-    ]
+    weights = {w.name for w in vocabulary_weights(one.config) if w.vocabulary_axis == 0}
+    both = weights.intersection(one.names, other.names)
     differ = not both
     for name in both:
         pair = [model.load(name) for model in (one, other)]

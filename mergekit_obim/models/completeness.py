@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from math import prod
 
 import torch
@@ -48,46 +50,53 @@ def completeness(
     Yields:
         An error that names the missing tensors, or a warning that names the dropped ones.
     """
-    built, sources = _traced(model, access)
-    if built and (missing := missing_tensors(built, model, sources)):
+    traced = _traced(model, access)
+    if traced and (missing := missing_tensors(traced[0], model, traced[1])):
         yield model_fault("error", f"model {model.label}: {missing}")
-    elif missing := _missing_in_plan(model, built, sources):
-        severe = merging or not built
+    elif missing := _missing_in_plan(model, traced):
+        severe = merging or not traced
         yield model_fault("error" if severe else "warning", f"model {model.label}: {missing}")
     elif is_base:
-        planned = {name for info in planned_tensors(model.config) for name in possible_names(info)}
-        if planned or built:
-            yield from _dropped(model, planned or set(built.state_dict()), sources)  # type: ignore[union-attr]
+        yield from _dropped(model, traced)
 
 
 # Tracing the tensors of a large mixture takes a second, and the models of a recipe mostly have the
 # same configuration and tensor names. One entry is enough, and keeps only one model's modules.
-_TRACED: dict[tuple[str, tuple[str, ...]], tuple[PreTrainedModel, Sources]] = {}
+Traced = tuple[PreTrainedModel, Sources]
+_TRACED: dict[tuple[str, tuple[str, ...]], Traced] = {}
 
 
-def _traced(model: OpenModel, access: Access) -> tuple[PreTrainedModel | None, Sources | None]:
-    """Build a model without weights and trace its stored tensors; (None, None) if that fails."""
+def _traced(model: OpenModel, access: Access) -> Traced | None:
+    """Build a model on the meta device, and trace its stored tensors; None if it cannot be built.
+
+    Its parameters are tied as its configuration says.
+    """
     key = (model.config.to_json_string(), tuple(model.names))
     if key not in _TRACED:
-        built = build_without_weights(model.config, access)
-        if built is None:
-            return None, None
         _TRACED.clear()
+        built: PreTrainedModel | None = None
+        # Model code can raise anything. The caller then compares with mergekit's definition alone.
+        with suppress(Exception), torch.device("meta"), no_init_weights():
+            kind = get_auto_cls((model.config.architectures or [""])[0])
+            made: PreTrainedModel = kind.from_config(
+                copy.deepcopy(model.config), trust_remote_code=access.trust_remote_code
+            )
+            made.tie_weights()
+            built = made
+        if built is None:
+            return None
         _TRACED[key] = built, sources_of(built, model.names)
     return _TRACED[key]
 
 
-def missing_tensors(
-    model: PreTrainedModel, opened: OpenModel, sources: Sources | None = None
-) -> str:
+def missing_tensors(model: PreTrainedModel, opened: OpenModel, sources: Sources) -> str:
     """Return a message on parameters that the checkpoint does not store whole; empty without any.
 
     Args:
         model: The model, on the meta device or loaded.
         opened: Its checkpoint.
-        sources: The result of :func:`sources_of` for both, if it is known already.
+        sources: What :func:`sources_of` returns for both.
     """
-    sources = sources or sources_of(model, opened.names)
     complete = _complete_parameters(model, sources, opened.headers)
     missing: list[str] = []
     for conversion in sources.conversions:
@@ -122,13 +131,11 @@ def missing_tensors(
     return f"{what}: the checkpoint is not complete, or config.json is another model's"
 
 
-def _missing_in_plan(
-    model: OpenModel, built: PreTrainedModel | None, sources: Sources | None
-) -> str:
+def _missing_in_plan(model: OpenModel, traced: Traced | None) -> str:
     """Return a message on tensors that mergekit needs and will not find; empty without any."""
     there = set(model.names)
-    if built is not None and sources is not None:
-        there |= _complete_parameters(built, sources, model.headers)
+    if traced:
+        there |= _complete_parameters(*traced, model.headers)
     ties = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
     missing = [
         info.name
@@ -138,29 +145,13 @@ def _missing_in_plan(
     ]
     if not missing:
         return ""
-    if built is None:
+    if not traced:
         return f"has no tensor {first_few(missing)}: the checkpoint is not complete"
     return (
         f"mergekit cannot merge a {(model.config.architectures or ['model like it'])[0]}: it asks "
         f"for {first_few(missing)}, which such models do not have; mergekit-pytorch merges them "
         "file by file"
     )
-
-
-def build_without_weights(config: PretrainedConfig, access: Access) -> PreTrainedModel | None:
-    """Build a model on the meta device, its parameters tied as its configuration says.
-
-    Returns:
-        The model, or None where transformers cannot build it here.
-    """
-    # Model code can raise anything. The caller then compares with mergekit's definition alone.
-    with suppress(Exception), torch.device("meta"), no_init_weights():
-        model: PreTrainedModel = get_auto_cls((config.architectures or [""])[0]).from_config(
-            copy.deepcopy(config), trust_remote_code=access.trust_remote_code
-        )
-        model.tie_weights()
-        return model
-    return None
 
 
 def planned_tensors(config: PretrainedConfig) -> list[WeightInfo]:
@@ -178,7 +169,7 @@ def _complete_parameters(
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     complete = set(sources.renamed)
     for conversion in sources.conversions:
-        parts = [name for names in conversion.sources.values() for name in names]
+        parts = list(chain.from_iterable(conversion.sources.values()))
         unknown = not all(part in headers for part in parts)  # in a file that cannot be read
         there = sum(prod(headers[part].shape) for part in parts if part in headers)
         wanted = sum(prod(shapes[target]) for target in conversion.targets if target in shapes)
@@ -187,25 +178,28 @@ def _complete_parameters(
     return complete
 
 
-def _dropped(model: OpenModel, read: set[str], sources: Sources | None) -> Iterator[Fault]:
+def _dropped(model: OpenModel, traced: Traced | None) -> Iterator[Fault]:
+    """Yield a warning that names the tensors of a base that mergekit will leave out."""
+    read = {name for info in planned_tensors(model.config) for name in possible_names(info)}
     # Stored name -> the names it is loaded into: mergekit may plan the tensor under either.
-    made_of: dict[str, set[str]] = {}
-    if sources is not None:
+    made_of: dict[str, set[str]] = defaultdict(set)
+    if traced:
+        built, sources = traced
+        read = read or set(built.state_dict())
         for name, stored in sources.renamed.items():
             for own in stored:
-                made_of.setdefault(own, set()).add(name)
+                made_of[own].add(name)
         for conversion in sources.conversions:
-            for stored in conversion.sources.values():
-                for own in stored:
-                    made_of.setdefault(own, set()).update(conversion.targets)
+            for own in chain.from_iterable(conversion.sources.values()):
+                made_of[own].update(conversion.targets)
     left = [
         name
         for name, header in model.headers.items()
-        if not read & {name, *made_of.get(name, ())}
+        if not read & {name, *made_of[name]}
         and header.dtype.startswith(("F", "BF"))
         and not name.endswith(_BUFFERS)
     ]
-    if left:
+    if read and left:
         yield model_fault(
             "warning",
             f"{len(left)} tensors of the base {model.label} will not be in the merged model, as "

@@ -12,7 +12,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from mergekit.architecture import WeightInfo
@@ -22,54 +21,32 @@ from mergekit_obim.models.completeness import planned_tensors
 from mergekit_obim.models.faults import model_fault
 from mergekit_obim.recipe.faults import Fault
 
-
-@dataclass(frozen=True)
-class _Setting:
-    """A group of configuration keys that decide the same thing in different architectures.
-
-    Attributes:
-        keys: The pattern of the keys.
-        fatal: Whether another value makes the weights meaningless (a different activation), and
-            not merely somewhat inaccurate (a different epsilon).
-    """
-
-    keys: re.Pattern[str]
-    fatal: bool = False
-
-
 # Each family has its own names for the same thing, so these are patterns, tried on all of
-# transformers' configurations. The first that fits a key counts.
+# transformers' configurations.
 _IGNORED = re.compile(
     r"dropout|drop_|_pdrop|init|jitter|_loss|loss_|gradient|summary|classif|freeze|fp32|mtp_"
     r"|_implementation|rescale_prenorm"
     r"|max_window|window_pattern"  # of which transformers makes layer_types
 )
-_SETTINGS = (
+# Pattern of the keys -> whether another value makes the weights meaningless (a different
+# activation), and not merely somewhat inaccurate (a different epsilon). The first that fits counts.
+_SETTINGS = {
     # rope_theta and rope_scaling before transformers 5, per kind of layer in Gemma 3
-    _Setting(re.compile(r"rope|rotary|alibi|position_embedding_type|position_encoding")),
-    _Setting(re.compile(r"(^|_)eps(ilon)?($|_)")),  # rms_norm_eps, layer_norm_epsilon
-    _Setting(
-        re.compile(r"(^|_)(act|afn|act_fn|activation(_function|_fn)?)$|^feed_forward_proj$"),
-        fatal=True,
-    ),
-    _Setting(  # num_attention_heads, num_key_value_heads, head_dim
-        re.compile(r"(^|_)heads?$|_heads_per_layer$|head_dim$|^d_kv$|^multi_query$|query_groups$"),
-        fatal=True,
-    ),
-    _Setting(  # attention_bias, mlp_bias, use_qk_norm, use_parallel_residual
-        re.compile(r"(^|_)bias$|parallel_|qk_(layer)?norm|norm_(before|after)$|(pre|post)_norm$"),
-        fatal=True,
-    ),
-    _Setting(  # num_experts_per_tok, norm_topk_prob
-        re.compile(r"per_tok(en)?$|top_?k(_|$)|_topk|moe_k$|scoring_func|n_group$|expert_group")
-    ),
-    _Setting(  # Granite's multipliers, Gemma's soft caps and query_pre_attn_scalar
-        re.compile(r"multiplier|softcap|scal(e|ing|ar)(_|$)|clip|swiglu_|alpha|_factor$|normaliz")
-    ),
-    _Setting(  # sliding_window, layer_types, attention_chunk_size
-        re.compile(r"window|layer_types|block_type|attention_chunk|causal|bidirectional|attn_layer")
-    ),
-)
+    r"rope|rotary|alibi|position_embedding_type|position_encoding": False,
+    # rms_norm_eps, layer_norm_epsilon
+    r"(^|_)eps(ilon)?($|_)": False,
+    r"(^|_)(act|afn|act_fn|activation(_function|_fn)?)$|^feed_forward_proj$": True,
+    # num_attention_heads, num_key_value_heads, head_dim
+    r"(^|_)heads?$|_heads_per_layer$|head_dim$|^d_kv$|^multi_query$|query_groups$": True,
+    # attention_bias, mlp_bias, use_qk_norm, use_parallel_residual
+    r"(^|_)bias$|parallel_|qk_(layer)?norm|norm_(before|after)$|(pre|post)_norm$": True,
+    # num_experts_per_tok, norm_topk_prob
+    r"per_tok(en)?$|top_?k(_|$)|_topk|moe_k$|scoring_func|n_group$|expert_group": False,
+    # Granite's multipliers, Gemma's soft caps and query_pre_attn_scalar
+    r"multiplier|softcap|scal(e|ing|ar)(_|$)|clip|swiglu_|alpha|_factor$|normaliz": False,
+    # sliding_window, layer_types, attention_chunk_size
+    r"window|layer_types|block_type|attention_chunk|causal|bidirectional|attn_layer": False,
+}
 # Names of one function; GELU's approximation by tanh is within 1e-3 of GELU.
 _SAME_FUNCTION = {
     **{"swish": "silu", "gelu_python": "gelu"},
@@ -102,10 +79,10 @@ def config_faults(
         if not same_kind and not (path in own and path in wanted):
             continue  # the classes have other keys
         values = own.get(path), wanted.get(path)
-        setting = _setting(path)
-        if setting is None or _same(*values):
+        fatal = _is_fatal(path)
+        if fatal is None or _same(*values):
             continue
-        fatal = setting.fatal and not all("gelu" in str(value) for value in values)
+        fatal = fatal and not all("gelu" in str(value) for value in values)
         shown = _shown(*values), _shown(*reversed(values))
         differing[fatal].append(f"{path} {shown[0]} (the base's: {shown[1]})")
     if differing[True]:
@@ -206,7 +183,9 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
         if isinstance(value, Mapping):
             for key, inner in value.items():
                 walk(f"{path}.{key}" if path else str(key), inner)
-        elif value is not None and value is not False and not _says_nothing(path, value):
+        elif (path.endswith("rotary_factor") and value == 1) or path.endswith(".type"):
+            return  # all of a head's features are rotated; rope_type says it under its new name
+        elif value is not None and value is not False:
             value = list(value) if isinstance(value, tuple) else value
             found[path] = _SAME_FUNCTION.get(value, value) if isinstance(value, str) else value
 
@@ -214,19 +193,16 @@ def _settings(config: PretrainedConfig) -> dict[str, Any]:
     return found
 
 
-def _says_nothing(path: str, value: Any) -> bool:
-    """Return whether a setting means the same as a missing key."""
-    # All of a head's features are rotated; rope_type says it too, under its new name.
-    return (path.endswith("rotary_factor") and value == 1) or path.endswith(".type")
+def _is_fatal(path: str) -> bool | None:
+    """Return what ``_SETTINGS`` says of a path; None if its setting does not matter.
 
-
-def _setting(path: str) -> _Setting | None:
-    """Return the group of a path, by its first key that does not name a part of the model."""
+    Its first key counts that does not name a part of the model.
+    """
     keys = (k for k in path.split(".") if not k.endswith("_config") and not k.isdecimal())
     key = next(keys, "")
     if _IGNORED.search(key):
         return None
-    return next((setting for setting in _SETTINGS if setting.keys.search(key)), None)
+    return next((fatal for pattern, fatal in _SETTINGS.items() if re.search(pattern, key)), None)
 
 
 def _same(own: Any, other: Any) -> bool:

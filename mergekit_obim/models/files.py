@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from safetensors import SafetensorError, safe_open
+from transformers.modeling_utils import str_to_torch_dtype
 
 from mergekit_obim.errors import one_line
 from mergekit_obim.models.faults import first_few
@@ -36,13 +37,8 @@ class TensorHeader:
     file: str
 
 
-# torch's names for what safetensors abbreviates; `.bin` files have these.
-_SHORT = {
-    **{torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"},
-    **{torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32"},
-    **{torch.int64: "I64", torch.bool: "BOOL"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
-}
+# What safetensors abbreviates; `.bin` files have torch's own dtypes.
+_SHORT = {dtype: name for name, dtype in str_to_torch_dtype.items()}
 
 
 def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], list[str]]:
@@ -58,9 +54,8 @@ def read_headers(index: ShardedTensorIndex) -> tuple[dict[str, TensorHeader], li
     headers: dict[str, TensorHeader] = {}
     faults = []
     for shard in index.shards:
-        path = Path(index.base_path, shard.filename)
         try:
-            held = file_headers(path, shard.filename)
+            held = file_headers(Path(index.base_path, shard.filename), shard.filename)
         except UnreadableFileError as error:
             faults.append(str(error))
             continue

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
-from transformers import PretrainedConfig
 
 from mergekit_obim.errors import AdapterError, ObimError
 from mergekit_obim.models.adapters import look_up
@@ -112,24 +111,17 @@ def inspect_models(
         any_architecture: Whether different architectures may be mixed (``--allow-crimes``).
     """
     for reference, model in models.items():
-        yield from _inspect_alone(model, access, is_base=reference == base, merging=merging)
+        yield from model.faults()
+        found = list(quantised(model.label, model.config, model.headers))
+        yield from found
+        if not found:  # a quantised model's tensors have other names
+            yield from completeness(model, access, is_base=reference == base, merging=merging)
     start = models.get(base) if base else None
     experts = [model for reference, model in models.items() if reference != base]
     if start and not any_architecture:
         for model in experts:
             yield from _inspect_beside(model, start, aligned=aligned, merging=merging)
     yield from comparison_faults(start, experts, aligned=aligned, access=access)
-
-
-def _inspect_alone(
-    model: OpenModel, access: Access, *, is_base: bool, merging: bool
-) -> Iterator[Fault]:
-    """Inspect a model's files, the dtypes of its tensors, and whether any tensor is missing."""
-    yield from model.faults()
-    found = list(quantised(model.label, model.config, model.headers))
-    yield from found
-    if not found:  # a quantised model's tensors have other names
-        yield from completeness(model, access, is_base=is_base, merging=merging)
 
 
 def _inspect_beside(
@@ -155,8 +147,15 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
         for name, header in model.headers.items()
         if name in base.headers and header.shape != base.headers[name].shape
     }
-    sizes = [_vocabulary(m.config) for m in (model, base)]
-    tokens = {n: both for n, both in shapes.items() if _differ_in_tokens(n, *both, sizes)}
+    sizes = [getattr(m.config.get_text_config(), "vocab_size", None) for m in (model, base)]
+
+    def differ_in_tokens(name: str, own: list[int], wanted: list[int]) -> bool:
+        """Return whether a tensor has a row per token, and they differ in the number of rows."""
+        if own[1:] != wanted[1:] or not own:
+            return False
+        return [own[0], wanted[0]] == sizes or "embed" in name or "lm_head" in name
+
+    tokens = {name: both for name, both in shapes.items() if differ_in_tokens(name, *both)}
     if tokens and not aligned:
         name = next((name for name in tokens if "embed" in name), next(iter(tokens)))
         shape, base_shape = tokens[name]
@@ -176,16 +175,3 @@ def _compare_shapes(model: OpenModel, base: OpenModel, *, aligned: bool) -> Iter
             f"{base.label}{more}: it is not a fine-tune of this base; set base_model to the "
             "model that it was trained from",
         )
-
-
-def _vocabulary(config: PretrainedConfig) -> int | None:
-    return getattr(config.get_text_config(), "vocab_size", None)
-
-
-def _differ_in_tokens(
-    name: str, own: list[int], wanted: list[int], sizes: list[int | None]
-) -> bool:
-    """Return whether a tensor has a row per token, and differs from the base in their number."""
-    if own[1:] != wanted[1:] or not own:
-        return False
-    return [own[0], wanted[0]] == sizes or "embed" in name or "lm_head" in name

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -70,12 +71,7 @@ def layer_indices(names: Iterable[str]) -> dict[str, int]:
 
 
 def _shared_prefix(a: Sequence[str], b: Sequence[str]) -> int:
-    shared = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        shared += 1
-    return shared
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False))))
 
 
 def rotate(experts: Sequence[T], layer: int) -> list[T]:

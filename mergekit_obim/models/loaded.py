@@ -7,10 +7,8 @@ fingerprint holds, so that no measurement is of other weights than those that wi
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Iterator, Mapping
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -20,12 +18,12 @@ from mergekit_obim.models.completeness import missing_tensors
 from mergekit_obim.models.faults import first_few
 from mergekit_obim.models.names import Sources, sources_of
 from mergekit_obim.models.opened import OpenModel
-from mergekit_obim.saliency.fingerprint import Fingerprint, sample
+from mergekit_obim.saliency.fingerprint import Fingerprint, matches
 
 
 def check_loaded(
     model: PreTrainedModel, opened: OpenModel, prints: Mapping[str, Fingerprint]
-) -> None:
+) -> Sources:
     """Make sure that every parameter holds the values that its checkpoint stores.
 
     Args:
@@ -33,6 +31,9 @@ def check_loaded(
             accelerate keeps on the CPU or on disk are looked at there.
         opened: The checkpoint that it was loaded from.
         prints: The fingerprints of its stored tensors.
+
+    Returns:
+        The stored tensors that each parameter was loaded from.
 
     Raises:
         CheckpointError: A parameter was not loaded, or holds other values; the message names the
@@ -48,6 +49,7 @@ def check_loaded(
             f"{first_few(differing)}: look in {opened.folder} for a second set of weights or an "
             "adapter, and move it away"
         )
+    return sources
 
 
 def _differing(
@@ -61,7 +63,7 @@ def _differing(
             continue  # a buffer, or integers
         value = _value(model, name)
         # Of two stored tensors for one parameter, transformers takes one.
-        if not any(_holds(prints[own], value) for own in known):
+        if not any(matches(prints[own], value) for own in known):
             yield known[0]
     compared = set()
     for conversion in sources.conversions:
@@ -71,7 +73,7 @@ def _differing(
         compared.add(rule)
         values = {name: _value(model, name) for name in conversion.targets if name in parameters}
         for own, piece in revert_weight_conversion(model, values).items():
-            if own in prints and not _holds(prints[own], piece):
+            if own in prints and not matches(prints[own], piece):
                 yield own
 
 
@@ -90,15 +92,3 @@ def _value(model: nn.Module, name: str) -> Tensor:
     raise CheckpointError(
         f"parameter {name} was not loaded at all; give --device-map with more --max-memory"
     )
-
-
-def _holds(recorded: Fingerprint, tensor: Tensor) -> bool:
-    """Return whether a parameter holds the stored values, converted to the parameter's dtype."""
-    if tuple(tensor.shape) != recorded.shape:
-        return False
-    stored = torch.frombuffer(
-        bytearray(base64.b64decode(recorded.values)) or bytearray(8),
-        dtype=getattr(torch, recorded.dtype),
-    )[: tensor.numel()]
-    now = sample(tensor)
-    return torch.equal(*(x.nan_to_num() for x in (stored[: now.numel()].to(now.dtype), now)))

@@ -12,7 +12,7 @@ _PATIENCE_SECONDS = 1.0
 
 
 @contextmanager
-def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Be the only process on this file system that makes a file or folder.
 
     The lock is on a hidden file beside it, and is the operating system's: when the process that

@@ -35,17 +35,14 @@ _STAND_IN = 12
 _EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
-def weight_names(
-    model: PreTrainedModel, checkpoint_names: Collection[str]
-) -> dict[str, tuple[str, ...]]:
+def weight_names(model: PreTrainedModel, sources: Sources) -> dict[str, tuple[str, ...]]:
     """Return every name that a weight has, in the module and in the checkpoint.
 
-    The checkpoint's names are mapped forward by transformers' own loading rules. Tensors that
-    loading fuses, splits or transposes have another layout: see :func:`stored_parts`.
+    Tensors that loading fuses, splits or transposes have another layout: see :func:`stored_parts`.
 
     Args:
         model: The model, loaded from that checkpoint.
-        checkpoint_names: The tensors that the checkpoint stores, buffers included.
+        sources: What :func:`sources_of` returns for the names that the checkpoint stores.
 
     Returns:
         Parameter name (a tied one once, as in ``named_parameters()``) -> its names: the
@@ -53,7 +50,7 @@ def weight_names(
     """
     first_name = first_names(model)
     names = {name: [name] for name in dict.fromkeys(first_name.values())}
-    for name, stored in sources_of(model, checkpoint_names).renamed.items():
+    for name, stored in sources.renamed.items():
         parameter = first_name.get(name)
         if parameter is not None:
             names[parameter] += [own for own in stored if own not in names[parameter]]

@@ -18,7 +18,7 @@ from mergekit.io import LazyTensorLoader
 from mergekit.io.lazy_tensor_loader import ShardedTensorIndex
 from transformers import PretrainedConfig
 
-from mergekit_obim.errors import CheckpointError, quoted
+from mergekit_obim.errors import CheckpointError, quoted, told_as
 from mergekit_obim.models.adapters import ADAPTER_FILES
 from mergekit_obim.models.adapters import merged as merge_adapter
 from mergekit_obim.models.checkpoint import StreamingReader, tensor_of
@@ -95,7 +95,11 @@ class OpenModel:
         found = list(ADAPTER_FILES) if (self.folder / ADAPTER_FILES[0]).exists() else []
         # Where there are both, mergekit takes the index's shards, transformers the single file.
         shards = {shard.filename for shard in self.loader.index.shards}
-        found += [name for name in _SINGLE if name not in shards and self._is_sharded(name)]
+        found += [
+            name
+            for name in _SINGLE
+            if name not in shards and (self.folder / f"{name}.index.json").exists()
+        ]
         return [name for name in found if (self.folder / name).exists()]
 
     @property
@@ -127,19 +131,16 @@ class OpenModel:
         """Yield an error for each unusable file, and a warning if files will be left unread."""
         for fault in self._read[1]:
             yield model_fault("error", f"model {self.label}: {fault}")
-        unread = self.unread
-        if unread:
-            adapter = unread[0] in ADAPTER_FILES
+        if unread := self.unread:
+            them = "it" if len(unread) == 1 else "them"
+            what, way = "two sets of weights", ""
+            if unread[0] in ADAPTER_FILES:
+                what = "an adapter beside full weights"
+                way = ", or merge the adapter by writing MODEL+ADAPTER"
             yield model_fault(
                 "warning",
-                f"model {self.label}: its folder holds "
-                + ("an adapter beside full weights" if adapter else "two sets of weights")
-                + f": {', '.join(unread)} will not be read, as mergekit does not merge "
-                + ("it" if len(unread) == 1 else "them")
-                + "; move "
-                + ("it" if len(unread) == 1 else "them")
-                + " out of the folder"
-                + (", or merge the adapter by writing MODEL+ADAPTER" if adapter else ""),
+                f"model {self.label}: its folder holds {what}: {', '.join(unread)} will not be "
+                f"read, as mergekit does not merge {them}; move {them} out of the folder{way}",
             )
 
     @contextmanager
@@ -171,12 +172,11 @@ class OpenModel:
 
     def fingerprints(self) -> dict[str, Fingerprint]:
         """Return the fingerprint of every stored floating-point tensor, by its name."""
-        prints = {}
         reader = StreamingReader(self.loader)
-        for name in self.names:
-            tensor = reader.load(name)
-            if tensor.is_floating_point():
-                prints[name] = fingerprint(tensor)
+        tensors = ((name, reader.load(name)) for name in self.names)
+        prints = {
+            name: fingerprint(tensor) for name, tensor in tensors if tensor.is_floating_point()
+        }
         reader.close()
         return prints
 
@@ -189,9 +189,6 @@ class OpenModel:
     @cached_property
     def _read(self) -> tuple[dict[str, TensorHeader], list[str]]:
         return read_headers(self.loader.index)
-
-    def _is_sharded(self, single: str) -> bool:
-        return (self.folder / f"{single}.index.json").exists()
 
 
 def open_model(reference: ModelReference, access: Access) -> OpenModel:
@@ -219,10 +216,8 @@ def open_checkpoint(
         AdapterError: Its adapter cannot be merged into it.
     """
     merged = merge_adapter(reference, access.lora_merge_cache, access.trust_remote_code)
-    try:
+    with told_as(CheckpointError, f"model {reference}: cannot be read"):
         folder = Path(merged.local_path(cache_dir=access.transformers_cache))
-    except Exception as error:  # whatever the Hub raises
-        raise CheckpointError(f"model {reference}: cannot be read: {quoted(error)}") from error
     try:
         return merged, LazyTensorLoader.from_disk(str(folder), lazy_unpickle=False)
     except Exception as error:  # safetensors, torch and json have kinds of their own
@@ -258,14 +253,12 @@ def inspect_file(path: str) -> Iterator[Fault]:
     Yields:
         An error if it cannot be read or holds quantised weights.
     """
+    place, index = Path(path), ShardedTensorIndex
+    single = place.is_file()
     try:
-        read = (
-            ShardedTensorIndex.from_file if Path(path).is_file() else ShardedTensorIndex.from_disk
-        )
-        headers, faults = read_headers(read(path))
+        headers, faults = read_headers(index.from_file(path) if single else index.from_disk(path))
     except Exception as error:  # safetensors, torch and json have kinds of their own
-        place = Path(path)
-        found = why_unreadable(place.parent if place.is_file() else place, place.name)
+        found = why_unreadable(place.parent if single else place, place.name)
         headers, faults = {}, found or [f"cannot be read: {quoted(error)}"]
     for fault in faults:
         yield model_fault("error", f"model {path}: {fault}")

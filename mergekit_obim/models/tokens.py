@@ -160,15 +160,13 @@ def _said(tokens: Mapping[int, tuple[str, str]], model: str, other: str) -> list
 
 def _clash_fault(them: str, lines: list[str], way_out: str, *, mixed: bool) -> Fault:
     if mixed:
-        return model_fault(
-            "check_error",
-            f"{them}: {_some(lines)}: a merge would mix the rows of different tokens; {way_out}",
-        )
-    return model_fault(
-        "warning",
-        f"{them}: {_some(lines)}: their rows are the same in both, so nothing is mixed, but the "
-        f"merged model gets the base's tokenizer; to keep every model's tokens, {way_out}",
+        what = f"a merge would mix the rows of different tokens; {way_out}"
+        return model_fault("check_error", f"{them}: {_some(lines)}: {what}")
+    what = (
+        "their rows are the same in both, so nothing is mixed, but the merged model gets the "
+        f"base's tokenizer; to keep every model's tokens, {way_out}"
     )
+    return model_fault("warning", f"{them}: {_some(lines)}: {what}")
 
 
 def _some(lines: list[str]) -> str:

@@ -8,6 +8,7 @@ later model, which is what ``base_model`` should name.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -40,8 +41,6 @@ class WeightComparison:
             from the sample to the whole.
         identical: The experts whose sampled values are all equal to the base's.
         twins: The pairs of experts whose sampled values are all equal.
-        shapes: For each expert, the tensors whose shape is not the base's: name -> (own, base's).
-        missing: For each expert, the tensors of the base that it does not have.
         broken: For each model, the first tensor in which NaN or infinite values were found.
     """
 
@@ -50,8 +49,6 @@ class WeightComparison:
     moments: Moments
     identical: list[str] = field(default_factory=list)
     twins: list[tuple[str, str]] = field(default_factory=list)
-    shapes: dict[str, dict[str, tuple[list[int], list[int]]]] = field(default_factory=dict)
-    missing: dict[str, list[str]] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
 
     def errors(self) -> Iterator[str]:
@@ -128,49 +125,39 @@ def compare_weights(
     """
     models = list(experts)
     found = WeightComparison(base, models, Moments.zero(len(models)))
-    same = dict.fromkeys(models, True)
-    twins = {(one, other): True for i, other in enumerate(models) for one in models[:i]}
-    compared = 0
     readers = {
-        model: StreamingReader(weights, len(models) + 1) for model, weights in experts.items()
+        model: StreamingReader(weights, len(models) + 1)
+        for model, weights in {base: base_weights, **experts}.items()
     }
-    base_reader = StreamingReader(base_weights, len(models) + 1)
+    digests = {model: hashlib.sha256() for model in readers}
+    compared = 0
     for name in base_weights.index.tensor_paths:
-        weight = base_reader.load(name)
+        weight = readers[base].load(name)
         if not weight.is_floating_point():
             continue
         samples: dict[str, torch.Tensor] = {}
-        for model, weights in experts.items():
-            if name not in weights.index.tensor_paths:
-                found.missing.setdefault(model, []).append(name)
+        for model, reader in readers.items():
+            if name not in reader.loader.index.tensor_paths:
                 continue
-            own = readers[model].load(name)
-            if own.shape != weight.shape:
-                shapes = list(own.shape), list(weight.shape)
-                found.shapes.setdefault(model, {})[name] = shapes
-            elif own.is_floating_point():
-                samples[model] = sample(own).double()
+            own = weight if model == base else reader.load(name)
+            values = sample(own).double()
+            digests[model].update(f"{name} {list(own.shape)}".encode() + values.numpy().tobytes())
+            if own.shape == weight.shape and own.is_floating_point():
+                samples[model] = values
+                if not values.isfinite().all():
+                    found.broken.setdefault(model, name)
+        theirs = samples.pop(base)
         compared += bool(samples)
-        theirs = sample(weight).double()
-        for model, values in samples.items():
-            same[model] &= torch.equal(values, theirs)
-        for one, other in twins:
-            if one in samples and other in samples:
-                twins[one, other] &= torch.equal(samples[one], samples[other])
-        broken = [
-            model
-            for model, values in {base: theirs, **samples}.items()
-            if not bool(values.isfinite().all())
-        ]
-        found.broken = {**dict.fromkeys(broken, name), **found.broken}
-        if len(samples) == len(models) and weight.ndim > 1 and theirs.numel() and not broken:
+        finite = all(values.isfinite().all() for values in (theirs, *samples.values()))
+        if len(samples) == len(models) and weight.ndim > 1 and theirs.numel() and finite:
             with one_thread():  # a second one would take longer to be woken than the work
                 part = moments([samples[model] for model in models], theirs)
             found.moments += part.scaled(weight.numel() / theirs.numel())
-    for reader in (base_reader, *readers.values()):
+    for reader in readers.values():
         reader.close()
     if compared:
-        complete = set(models) - found.missing.keys() - found.shapes.keys()
-        found.identical = [model for model in models if same[model] and model in complete]
-        found.twins = [pair for pair, equal in twins.items() if equal and complete >= set(pair)]
+        made_of = {model: digest.digest() for model, digest in digests.items()}
+        found.identical = [model for model in models if made_of[model] == made_of[base]]
+        pairs = ((one, other) for i, other in enumerate(models) for one in models[:i])
+        found.twins = [pair for pair in pairs if made_of[pair[0]] == made_of[pair[1]]]
     return found

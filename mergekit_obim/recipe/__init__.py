@@ -63,16 +63,12 @@ def recipe_faults(
         return
     foreign = {p for other in (methods or {}).values() for p in other.parameters}
     foreign -= method.parameters.keys()
-    ignored = []
+    ignored: list[Fault] = []
     for part in parts:
-        for fault in (
-            *unknown_keys(document, part, method.parameters, foreign),
-            *parameter_faults(document, part, method, foreign),
-        ):
-            if fault.kind == "foreign":
-                ignored.append(fault)
-            else:
-                yield fault
+        found = [*unknown_keys(document, part, method.parameters, foreign)]
+        found += parameter_faults(document, part, method, foreign)
+        ignored += (fault for fault in found if fault.kind == "foreign")
+        yield from (fault for fault in found if fault.kind != "foreign")
     if ignored:
         names = ", ".join(dict.fromkeys(fault.message for fault in ignored))
         first, *others = (fault.place for fault in ignored)

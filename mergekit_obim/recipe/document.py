@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.recipe.faults import Path, Place
 
 
@@ -44,13 +44,17 @@ class Document:
         found: Path = ()
         here: Any = self.content
         for step in path:
-            steps = here if isinstance(here, Mapping) else {}
-            if isinstance(here, list):
-                steps = dict(enumerate(here))
-            if step not in steps:
+            if step not in steps_of(here):
                 break
-            here, found = steps[step], (*found, step)
+            here, found = steps_of(here)[step], (*found, step)
         return found
+
+
+def steps_of(value: Any) -> Mapping[str | int, Any]:
+    """Return what the keys of a mapping or the indices of a list lead to; else nothing."""
+    if isinstance(value, list):
+        return dict(enumerate(value))
+    return value if isinstance(value, Mapping) else {}
 
 
 def read_documents(path: FilePath) -> list[Document]:
@@ -59,13 +63,22 @@ def read_documents(path: FilePath) -> list[Document]:
     Raises:
         RecipeError: The file is not YAML, or a document in it is not a mapping.
     """
-    try:
-        documents = parse(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: not a YAML recipe: {one_line(error)}") from error
+    with told_as(RecipeError, f"{path}: not a YAML recipe", UnicodeDecodeError):
+        text = path.read_text(encoding="utf-8")
+    return documents_of(text, str(path))
+
+
+def documents_of(text: str, label: str) -> list[Document]:
+    """Read every recipe of a YAML text, which goes by this label in messages.
+
+    Raises:
+        RecipeError: The text is not YAML, or a document in it is not a mapping.
+    """
+    with told_as(RecipeError, f"{label}: not a YAML recipe", yaml.YAMLError):
+        documents = parse(text)
     if not documents or not all(isinstance(one.content, Mapping) for one in documents):
         raise RecipeError(
-            f"{path}: not a recipe: it should be a mapping with merge_method and models"
+            f"{label}: not a recipe: it should be a mapping with merge_method and models"
         )
     if len(documents) == 1:
         return documents

@@ -56,34 +56,23 @@ def removed(text: str, path: Path) -> str:
 
 
 def added(text: str, path: Path, value: object) -> str:
-    """Return the text with a new key at the end of a mapping, which may have no value yet."""
-    parent, name = path[:-1], str(path[-1])
+    """Return the text with a new key at the end of a mapping, or a new entry at that of a list."""
+    parent, name = path[:-1], path[-1]
     node = _node(text, parent)
     if isinstance(node, yaml.ScalarNode) and not node.value:  # `parameters:` with nothing
         return replaced(text, parent, {name: value})
-    if not isinstance(node, yaml.MappingNode):
+    is_list = isinstance(name, int)
+    if not isinstance(node, yaml.SequenceNode if is_list else yaml.MappingNode):
         raise NoSuchPlaceError(parent)
-    line = f"{name}: {flow(value)}"
+    entry = flow(value) if is_list else f"{name}: {flow(value)}"
     if node.flow_style:
-        at = node.end_mark.index - 1
-        last = _end(node.value[-1][1]) if node.value else at
-        return text[:last] + (", " if node.value else "") + line + text[last:]
-    at = _line_end(text, _end(node.value[-1][1]))
-    indent = " " * node.value[0][0].start_mark.column
+        at = _end(_last(node)) if node.value else node.end_mark.index - 1
+        return text[:at] + (", " if node.value else "") + entry + text[at:]
+    at = _line_end(text, _end(node))
+    first = node if is_list else node.value[0][0]  # a mapping may begin with an anchor
+    indent = " " * first.start_mark.column + "- " * is_list
     new_line = "" if text[:at].endswith("\n") else "\n"
-    return text[:at] + f"{new_line}{indent}{line}\n" + text[at:]
-
-
-def appended(text: str, path: Path, value: object) -> str:
-    """Return the text with a new entry at the end of a list that is not empty."""
-    node = _node(text, path)
-    assert isinstance(node, yaml.SequenceNode)
-    end = _end(node.value[-1])
-    if node.flow_style:
-        return f"{text[:end]}, {flow(value)}{text[end:]}"
-    at, indent = _line_end(text, end), " " * node.start_mark.column
-    new_line = "" if text[:at].endswith("\n") else "\n"
-    return f"{text[:at]}{new_line}{indent}- {flow(value)}\n{text[at:]}"
+    return f"{text[:at]}{new_line}{indent}{entry}\n{text[at:]}"
 
 
 def flow(value: object) -> str:
@@ -110,10 +99,15 @@ def _line_end(text: str, index: int) -> int:
 def _end(node: yaml.Node) -> int:
     """Where a node ends; a block's own mark is that of what follows its comments."""
     if isinstance(node, yaml.CollectionNode) and not node.flow_style and node.value:
-        last = node.value[-1]
-        return _end(last[1] if isinstance(node, yaml.MappingNode) else last)
+        return _end(_last(node))
     end: int = node.end_mark.index
     return end
+
+
+def _last(node: yaml.CollectionNode) -> yaml.Node:
+    """The last value of a mapping, or entry of a list."""
+    last: yaml.Node = node.value[-1][1] if isinstance(node, yaml.MappingNode) else node.value[-1]
+    return last
 
 
 def _node(text: str, path: Path) -> yaml.Node:

@@ -16,7 +16,7 @@ from mergekit_obim.recipe.calibration import (
     long_form,
     overridden,
 )
-from mergekit_obim.recipe.document import Document
+from mergekit_obim.recipe.document import Document, steps_of
 from mergekit_obim.recipe.faults import Fault, Path, Place, nearest
 from mergekit_obim.recipe.keys import Part, walk
 from mergekit_obim.recipe.references import identity
@@ -213,11 +213,8 @@ def _faults(
 def _place(document: Document, path: Path, raw: Any, inside: Path) -> Place:
     """Where a path of the long form stands in what was written, which may leave out steps."""
     for step in inside:
-        steps: Mapping[Any, Any] = raw if isinstance(raw, Mapping) else {}
-        if isinstance(raw, list):
-            steps = dict(enumerate(raw))
-        if step in steps:
-            raw, path = steps[step], (*path, step)
+        if step in steps_of(raw):
+            raw, path = steps_of(raw)[step], (*path, step)
     return document.place(*path)
 
 

@@ -133,14 +133,13 @@ def fold(faults: Iterable[Fault]) -> list[Fault]:
         what = fault.message.replace(fault.tensor, "") if fault.tensor else fault.message
         what = fault.kind if fault.kind == "densities" else what
         groups.setdefault((fault.recipe, what), []).append(fault)
-    return [_folded(group) for group in groups.values()]
-
-
-def _folded(group: list[Fault]) -> Fault:
-    worst = max(group, key=lambda fault: fault.amount or 0)  # the first, if all are alike
-    more = len({fault.tensor for fault in group}) - 1
-    message = f"{worst.message} (and {more} more tensors)" if more else worst.message
-    return replace(worst, message=message)
+    folded = []
+    for group in groups.values():
+        worst = max(group, key=lambda fault: fault.amount or 0)  # the first, if all are alike
+        more = len({fault.tensor for fault in group}) - 1
+        told = f"{worst.message} (and {more} more tensors)" if more else worst.message
+        folded.append(replace(worst, message=told))
+    return folded
 
 
 def errors_of(faults: Iterable[Fault]) -> list[Fault]:

@@ -9,16 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mergekit_obim.recipe import edit
 from mergekit_obim.recipe.document import Document, parse
-from mergekit_obim.recipe.edit import (
-    NoSuchPlaceError,
-    added,
-    appended,
-    flow,
-    removed,
-    renamed,
-    replaced,
-)
 from mergekit_obim.recipe.faults import Fault, Path, Place, fold, nearest
 from mergekit_obim.recipe.keys import INPUTS, Part, walk
 from mergekit_obim.recipe.parameters import leaves
@@ -37,7 +29,7 @@ def path_warnings(document: Document) -> Iterator[Fault]:
     """Warn of folders that mergekit's card writer would take for repositories on the Hub."""
     found: dict[str, list[Place]] = {}
     for path, reference in _references(document):
-        for name in _paths(reference):
+        for name in (part.partition("@")[0] for part in reference.split("+")):
             if name not in document.stages and _is_taken_for_the_hubs(name):
                 found.setdefault(name, []).append(document.place(*path))
     for name, (place, *others) in found.items():
@@ -83,7 +75,7 @@ def mend(text: str, find: Callable[[Document], Iterable[Fault]]) -> tuple[str, l
             for place in (fault.place, *fault.others):
                 try:
                     mended = _mended(text, document, fault, place.path)
-                except NoSuchPlaceError:
+                except edit.NoSuchPlaceError:
                     continue  # it is written elsewhere, as by YAML's `<<`, or has just changed
                 if mended is not None:
                     text = mended[0]
@@ -103,36 +95,36 @@ def _mended(text: str, document: Document, fault: Fault, path: Path) -> tuple[st
         return None  # it may well be something else
     match fault.kind:
         case "key" | "parameter" | "calibration" if near:
-            return renamed(text, path, near), Change(f"{where} → {near}", "it was misspelt")
+            return edit.renamed(text, path, near), Change(f"{where} → {near}", "it was misspelt")
         case "method" if near:
-            return replaced(text, path, near), Change(f"{where}: {near}", "it was misspelt")
+            return edit.replaced(text, path, near), Change(f"{where}: {near}", "it was misspelt")
         case "parameter":
             why = "no merge method has a parameter of that name"
-            return removed(text, path), Change(f"{where} taken out", why)
+            return edit.removed(text, path), Change(f"{where} taken out", why)
         case "foreign":
             why = "a parameter of other merge methods changes nothing here"
-            return removed(text, path), Change(f"{where} taken out", why)
+            return edit.removed(text, path), Change(f"{where} taken out", why)
         case "shares":
             why = (
                 "a share of a sum would shrink what the expert's elements are here, see "
                 "docs/recipes.md"
             )
-            what = f"{where}: {flow(_value(document, path))} taken out"
-            return removed(text, path), Change(what, why)
+            what = f"{where}: {edit.flow(_value(document, path))} taken out"
+            return edit.removed(text, path), Change(what, why)
         case "misplaced" if near:
             new = (*path[:-1], "parameters", near)
-            text = _set(removed(text, path), new, _value(document, path))
+            text = _set(edit.removed(text, path), new, _value(document, path))
             why = "mergekit reads no parameters where it stood"
             return text, Change(f"{where} moved to {Place(new)}", why)
         case "scope":
             new = ("parameters", path[-1])
-            text = _set(removed(text, path), new, _value(document, path))
+            text = _set(edit.removed(text, path), new, _value(document, path))
             return text, Change(f"{where} moved to {Place(new)}", "it is shared by all models")
         case "path":
             old = _value(document, path)
             why = "without ./ mergekit's card writer takes the folder for a name on the Hub"
             what = f"{where}: {old} → {_dotted(old)}"
-            return replaced(text, path, _dotted(old)), Change(what, why)
+            return edit.replaced(text, path, _dotted(old)), Change(what, why)
     return None
 
 
@@ -157,19 +149,19 @@ def scale_densities(text: str, total: float) -> tuple[str, list[Change]]:
         for leaf, value in leaves(_density(part), (*part.path, *_DENSITY)):
             if isinstance(value, int | float | str):
                 scaled = _floor(float(value) / total)
-                text = replaced(text, leaf, scaled)
+                text = edit.replaced(text, leaf, scaled)
                 changes.append(Change(f"{Place(leaf)}: {value} → {scaled}", why))
     # What has no density has 1/K, which counts too.
     shared = (document.content.get("parameters") or {}).get("density")
     if not _is_whole(shared) and not all(_is_whole(_density(part)) for part in inputs):
         default = _floor(1 / len({part.model for part in inputs}) / total)
         if isinstance(shared, list):
-            text = appended(text, _DENSITY, {"value": default})
+            text = edit.added(text, (*_DENSITY, len(shared)), {"value": default})
         elif shared is None:
             text = _set(text, _DENSITY, default)
         else:
             lowered = _value(parse(text)[0], _DENSITY)
-            text = _set(removed(text, _DENSITY), _DENSITY, [lowered, {"value": default}])
+            text = _set(edit.removed(text, _DENSITY), _DENSITY, [lowered, {"value": default}])
         what = f"{Place(_DENSITY)}: {default} where there was none, which means 1/K"
         changes.append(Change(what, why))
     return text, changes
@@ -200,8 +192,8 @@ def _set(text: str, path: Path, value: Any) -> str:
         return text
     parameters = path[:-1]
     if document.known(parameters) == parameters:
-        return added(text, path, value)
-    return added(text, parameters, {path[-1]: value})
+        return edit.added(text, path, value)
+    return edit.added(text, parameters, {path[-1]: value})
 
 
 def _value(document: Document, path: Path) -> Any:
@@ -235,11 +227,6 @@ def _texts(reference: Any, path: Path) -> Iterator[tuple[Path, str]]:
 
 def _is_taken_for_the_hubs(name: str) -> bool:
     return bool(_LIKE_ON_THE_HUB.fullmatch(name)) and os.path.exists(name)
-
-
-def _paths(reference: str) -> list[str]:
-    """The paths of a model and its adapter, without their revisions."""
-    return [part.partition("@")[0] for part in reference.split("+")]
 
 
 def _dotted(reference: str) -> str:

@@ -66,11 +66,8 @@ def parameter_faults(
             yield Fault("foreign", name, document.place(*path), level="warning")
         elif name not in method.parameters:
             near = nearest(name, [*method.parameters, *sorted(foreign)])
-            hint = (
-                f"did you mean {near}?"
-                if near
-                else f"it has {', '.join(sorted(method.parameters))}"
-            )
+            known = ", ".join(sorted(method.parameters))
+            hint = f"did you mean {near}?" if near else f"it has {known}"
             message = f"{part.parameters_label}: {method.name} has no parameter {name!r}; {hint}"
             yield Fault("parameter", message, document.place(*path), nearest=near)
         elif part.kind in INPUTS and method.parameters[name].scope == "shared":

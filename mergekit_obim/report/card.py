@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 from mergekit import merge_methods
 from mergekit.card import generate_card, is_hf, maybe_link_hf, method_md
@@ -15,7 +16,7 @@ from mergekit.options import MergeOptions
 
 from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
-from mergekit_obim.errors import RecipeError, one_line
+from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import PlannedMethod
 from mergekit_obim.report.gather import (
     Account,
@@ -52,13 +53,11 @@ def write_section(
     """
     section, calibration = _section(folder, config, options, shares)
     path = folder / "README.md"
-    try:
+    with told_as(RecipeError, f"{path}: cannot be read"):
         if path.exists():
             card = ModelCard.load(path)
         else:
             card = ModelCard(generate_card(config, source.rstrip(), name=folder.resolve().name))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise RecipeError(f"{path}: cannot be read: {one_line(error)}") from error
     before, begin, rest = card.text.partition(BEGIN)
     if begin and END not in rest:
         raise RecipeError(f"{path}: has {BEGIN} without {END}; remove that section by hand")
@@ -145,26 +144,17 @@ def _settings(parameters: Mapping[str, Any]) -> str:
 def _table(
     experts: Sequence[str], calibration: Mapping[str, Mapping[str, Any]], account: Account | None
 ) -> list[str]:
-    head = ["Model", "Share of the weights", "Saliency measured on", "Saliency file"]
-    rows = []
-    owned = account.total().owned if account else None
-    for k, expert in enumerate(experts):
-        file = calibration.get(expert)
-        share = f"{owned[k] / owned.sum():.2%}" if owned is not None else ""
-        name = f"`{Path(file['file']).name}`" if file else "none"
-        rows.append(
-            [
-                maybe_link_hf(expert) if _is_hub_name(expert) else expert,
-                share,
-                measured_on(file, "`"),
-                name,
-            ]
-        )
-    if owned is not None:
-        rows.append(["the base", f"{owned[-1] / owned.sum():.2%}", "", ""])
-    else:
-        head, rows = [head[0], *head[2:]], [[row[0], *row[2:]] for row in rows]
-    return [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows]]
+    files = [calibration.get(expert) for expert in experts]
+    models = [maybe_link_hf(expert) if _is_hub_name(expert) else expert for expert in experts]
+    columns = {"Model": models}
+    if account:
+        owned = account.total().owned
+        models.append("the base")
+        columns["Share of the weights"] = [f"{share:.2%}" for share in owned / owned.sum()]
+    columns["Saliency measured on"] = [measured_on(file, "`") for file in files]
+    columns["Saliency file"] = [f"`{Path(f['file']).name}`" if f else "none" for f in files]
+    rows = zip_longest(*columns.values(), fillvalue="")
+    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
 
 
 def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
@@ -185,10 +175,12 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
 
 def _notes(account: Account) -> list[str]:
     """Return a line for each other way in which tensors were ranked, and how many they are."""
-    counts: dict[str, int] = {}
-    for tensor in account.tensors:
-        for kind in {kind or "nothing" for kind in tensor.ranked if kind != "saliency"}:
-            counts[kind] = counts.get(kind, 0) + 1
+    counts = Counter(
+        kind or "nothing"
+        for tensor in account.tensors
+        for kind in dict.fromkeys(tensor.ranked)
+        if kind != "saliency"
+    )
     lines = []
     for kind, count in counts.items():
         how = "left at the base's values" if kind == "nothing" else f"ranked by {kind}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -36,8 +36,8 @@ def render(report: dict[str, Any]) -> str:
         stretch=[str(MeasuredStretch(**one)) for one in report["stretch"]],
         ownership=_ownership(report, names),
         contested=_contested(report, names),
-        errors=_errors(report, names),
-        settings=_settings(report, names),
+        errors=list(_errors(report, names)),
+        settings=list(_settings(report, names)),
         kinship=_kinship(report, names),
         fallbacks=_fallbacks(report),
         calibration=_calibration(report),
@@ -116,8 +116,7 @@ def _contested(report: dict[str, Any], names: list[str]) -> dict[str, Any] | Non
     }
 
 
-def _errors(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    charts = []
+def _errors(report: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
     for k, name in enumerate(names):
         layers = [layer for layer in report["layers"] if layer["experts"][k]["kept"] is not None]
         if not layers:
@@ -134,21 +133,18 @@ def _errors(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
         ]
         worst = int(np.argmax(values["error"]))
         line = ("predicted error", values["error"])
-        charts.append(
-            {
-                "name": name,
-                "svg": figures.stacked(f"error-{k}", places, parts, line),
-                "worst": places[worst],
-                "error": values["error"][worst],
-                "head": ["layer", *values],
-                "rows": list(zip(places, zip(*values.values(), strict=True), strict=True)),
-            }
-        )
-    return charts
+        yield {
+            "name": name,
+            "svg": figures.stacked(f"error-{k}", places, parts, line),
+            "worst": places[worst],
+            "error": values["error"][worst],
+            "head": ["layer", *values],
+            "rows": list(zip(places, zip(*values.values(), strict=True), strict=True)),
+        }
 
 
-def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
-    """Return a chart of the mean predicted error, and one of what each expert keeps."""
+def _settings(report: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield a chart of the mean predicted error, and one of what each expert keeps."""
     orders = _unique(point["order"] for point in report["curve"])
     sums = _unique(point["density"] for point in report["curve"])
     experts = {(point["order"], point["density"]): point["experts"] for point in report["curve"]}
@@ -162,7 +158,6 @@ def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
 
     views = [("Mean over the experts", "predicted error", grids("error").mean(axis=0))]
     views += [(n, "saliency kept", grid) for n, grid in zip(names, grids("kept"), strict=True)]
-    charts = []
     for number, (title, label, grid) in enumerate(views):
         if np.isnan(grid).all():  # also if there is no curve, as all densities are 0
             continue
@@ -171,19 +166,16 @@ def _settings(report: dict[str, Any], names: list[str]) -> list[dict[str, Any]]:
         curves = list(zip(orders, grid, strict=True))
         labels = ("sum of the densities", label)
         svg = figures.lines(f"settings-{number}", sums, curves, labels, sum(report["densities"]))
-        charts.append(
-            {
-                "title": title,
-                "label": label,
-                "svg": svg,
-                "best": grid[order, density],
-                "order": orders[order],
-                "density": sums[density],
-                "orders": orders,
-                "rows": [(_shown(s), values) for s, values in zip(sums, grid.T, strict=True)],
-            }
-        )
-    return charts
+        yield {
+            "title": title,
+            "label": label,
+            "svg": svg,
+            "best": grid[order, density],
+            "order": orders[order],
+            "density": sums[density],
+            "orders": orders,
+            "rows": [(_shown(s), values) for s, values in zip(sums, grid.T, strict=True)],
+        }
 
 
 def _kinship(report: dict[str, Any], names: list[str]) -> dict[str, Any]:

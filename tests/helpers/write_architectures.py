@@ -25,7 +25,7 @@ import tiny_models
 from architectures import ARCHITECTURES, DEFINED, EXCLUDED, UPSTREAM, Architecture, coverage
 from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.models.names import weight_names
+from mergekit_obim.models.names import sources_of, weight_names
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "architectures.md"
 HEAD = """# Architectures
@@ -91,7 +91,7 @@ def merged(architecture: Architecture, folder: Path) -> str:
     found: dict[str, torch.Tensor] = {}
     for file in (folder / "out").glob("*.safetensors"):
         found |= load_file(file)
-    names = weight_names(loaded, stored)
+    names = weight_names(loaded, sources_of(loaded, stored))
     lost = [n for n, known in names.items() if not any(name in found for name in known)]
     # Fused experts are written either way.
     lost = [n for n in lost if not _apart(loaded, n, found)]

@@ -88,7 +88,9 @@ def read_parts(value: object) -> list[dict[str, Any]] | None:
         found = found["parts"] if isinstance(found.get("parts"), list) else [found]
     if not isinstance(found, (list, tuple)):
         return None
-    if isinstance(value, str) and not all(_has_known_type(item) for item in found):
+    known = (*_TEXT_TYPES, *_IMAGE_TYPES)
+    typed = all(isinstance(item, Mapping) and item.get("type") in known for item in found)
+    if isinstance(value, str) and not typed:
         return None  # a JSON document that is meant as text
     parts = [part for item in found if (part := _part(item)) is not None]
     return parts if len(parts) == len(found) else None
@@ -194,10 +196,6 @@ def _content(content: object, role: str, where: str) -> object:
         f'{where}: its content should be a text or a list of {{"type": "text", "text": …}} parts, '
         f"found {short(content)}"
     )
-
-
-def _has_known_type(item: object) -> bool:
-    return isinstance(item, Mapping) and item.get("type") in (*_TEXT_TYPES, *_IMAGE_TYPES)
 
 
 def _part(item: object) -> dict[str, Any] | None:

@@ -20,14 +20,14 @@ from mergekit_obim.calibration.data.images import (
     with_items,
 )
 from mergekit_obim.calibration.data.rows import Rows
-from mergekit_obim.calibration.data.template import ChatWriter
+from mergekit_obim.calibration.data.template import Chat, write_chat
 from mergekit_obim.calibration.data.text import Row, row_input, row_tools
 from mergekit_obim.calibration.data.tokens import TokenSequence, tokenize
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.recipe.calibration import DataSource, is_local_file
 
 if TYPE_CHECKING:
-    from transformers import BatchFeature, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import BatchFeature, PreTrainedTokenizerBase
 
 
 def sample_order(count: int, samples: int, seed: int) -> list[int]:
@@ -96,16 +96,13 @@ class RowReader:
             return None
         return tokenize(text, self.tokenizer, self.max_length if self.cut else None, template)
 
-    def _text(
-        self, value: str | Messages, row: Row, chat: PreTrainedTokenizerBase | ProcessorMixin
-    ) -> tuple[str, str | None]:
+    def _text(self, value: str | Messages, row: Row, chat: Chat) -> tuple[str, str | None]:
         """Returns a row's text, and the chat template that wrote it, if one did."""
-        text, template = value, None
-        if not isinstance(value, str):
-            writer = ChatWriter(chat, self.date)
-            text, template = writer.write(value, row_tools(row))
-            self.read_clock |= writer.read_clock
-        assert isinstance(text, str)
+        if isinstance(value, str):
+            text, template = value, None
+        else:
+            text, template, asked = write_chat(chat, value, self.date, row_tools(row))
+            self.read_clock |= asked
         text.encode()  # JSON can hold half a character, which no tokenizer takes
         return text, template
 

@@ -17,7 +17,7 @@ from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 from mergekit_obim.calibration.data.tokens import TokenSequence, cuts_the_end
-from mergekit_obim.errors import CalibrationError, quoted
+from mergekit_obim.errors import CalibrationError, quoted, told_as
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -93,15 +93,11 @@ class RowProcessor:
         return sum(token in self._placeholders for token in ids)
 
     def _run(self, text: str, images: list[Image], options: Mapping[str, Any]) -> BatchFeature:
-        try:
-            with cuts_the_end(self.processor.tokenizer):
-                made: BatchFeature = self.processor(
-                    text=[text], images=[images], return_tensors="pt", **options
-                )
-        except Exception as error:  # each model's has errors of its own
-            raise CalibrationError(
-                f"the model's processor doesn't take this row: {quoted(error)}"
-            ) from error
+        what = "the model's processor doesn't take this row"
+        with told_as(CalibrationError, what), cuts_the_end(self.processor.tokenizer):
+            made: BatchFeature = self.processor(
+                text=[text], images=[images], return_tensors="pt", **options
+            )
         return made
 
 

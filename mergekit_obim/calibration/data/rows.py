@@ -6,43 +6,40 @@ import csv
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mergekit_obim.calibration.data.conversations import short
 from mergekit_obim.calibration.data.text import INPUT_FIELDS, Row
-from mergekit_obim.errors import CalibrationError, one_line
+from mergekit_obim.errors import CalibrationError, one_line, told_as
 from mergekit_obim.recipe.calibration import FILE_SUFFIXES, DataSource, is_local_file
 
 
+@dataclass(frozen=True, eq=False)
 class Rows(Sequence[Row]):
-    """The rows of one source; each is decoded only when it is asked for.
+    """The rows of one source.
 
     Attributes:
+        items: The rows as they are kept in memory.
+        decode: Makes a row of an item; called each time that the row is asked for.
+        lines: The line of each row, from 1, in a text file.
         split: The split that was taken, for a data set.
     """
 
-    def __init__(
-        self,
-        items: Sequence[Any],
-        *,
-        decode: Callable[[Any], Row] = lambda item: item,
-        lines: Sequence[int] | None = None,
-        split: str | None = None,
-    ) -> None:
-        self._items = items
-        self._decode = decode
-        self._lines = lines
-        self.split = split
+    items: Sequence[Any]
+    decode: Callable[[Any], Row] = lambda item: item
+    lines: Sequence[int] = ()
+    split: str | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self.items)
 
     def __getitem__(self, index: Any) -> Any:
-        return self._decode(self._items[index])
+        return self.decode(self.items[index])
 
     def where(self, index: int) -> str:
         """Returns how a user finds a row: ``line 7`` of a text file, else ``row 7``, from 1."""
-        return f"line {self._lines[index]}" if self._lines else f"row {index + 1}"
+        return f"line {self.lines[index]}" if self.lines else f"row {index + 1}"
 
 
 def load_rows(source: DataSource) -> Rows:
@@ -75,16 +72,12 @@ def load_rows(source: DataSource) -> Rows:
         raise CalibrationError(
             f"{source.data}: can't tell its format; name it {', '.join(FILE_SUFFIXES)}"
         )
-    try:
+    not_text = f"{source.data}: is not UTF-8 text; save it as UTF-8"
+    with (
+        told_as(CalibrationError, f"{source.data}: can't be read", OSError),
+        told_as(CalibrationError, not_text, UnicodeDecodeError),
+    ):
         rows = readers[suffix](path, source)
-    except OSError as error:
-        raise CalibrationError(
-            f"{source.data}: can't be read: {error.strerror or error}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{source.data}: is not UTF-8 text; save it as UTF-8 ({error.reason})"
-        ) from error
     if not len(rows):
         raise CalibrationError(f"{source.data}: is empty: it has no rows")
     return rows
@@ -110,12 +103,9 @@ def _read_json_lines(path: str, source: DataSource) -> Rows:
                 continue
             try:
                 _as_row(json.loads(line), source, f"line {number}")
-            except ValueError as error:
-                if isinstance(error, CalibrationError):
-                    raise
-                raise CalibrationError(
-                    f"{source.data}, line {number}: is not valid JSON: {error}"
-                ) from error
+            except (json.JSONDecodeError, UnicodeDecodeError) as error:
+                what = f"{source.data}, line {number}: is not valid JSON"
+                raise CalibrationError(f"{what}: {error}") from error
             lines.append(line)
             numbers.append(number)
     # Kept as bytes, a big file takes a fraction of the memory of its rows.
@@ -164,12 +154,11 @@ def _read_text(path: str, source: DataSource) -> Rows:
 def _read_csv(path: str, source: DataSource) -> Rows:
     # The limit (131072 characters a field, for the whole process) is too low for documents.
     limit = csv.field_size_limit(2**31 - 1)
+    not_csv = told_as(CalibrationError, f"{source.data}: is not valid CSV", csv.Error)
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with not_csv, open(path, encoding="utf-8-sig", newline="") as file:
             # Cells beyond the header's have no name, so nothing can ask for them.
             return Rows([{k: v for k, v in row.items() if k} for row in csv.DictReader(file)])
-    except csv.Error as error:
-        raise CalibrationError(f"{source.data}: is not valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
@@ -178,14 +167,13 @@ def _read_parquet(path: str, source: DataSource) -> Rows:
     import pyarrow  # type: ignore[import-untyped]
     import pyarrow.parquet  # type: ignore[import-untyped]
 
-    try:
-        # ParquetFile, not read_table, which reads columns into folder names like `split=train`.
-        with pyarrow.parquet.ParquetFile(path) as file:
-            table = file.read()
-    except pyarrow.ArrowException as error:
-        raise CalibrationError(
-            f"{source.data}: is not a readable parquet file: {one_line(error)}"
-        ) from error
+    what = f"{source.data}: is not a readable parquet file"
+    # ParquetFile, not read_table, which reads columns into folder names like `split=train`.
+    with (
+        told_as(CalibrationError, what, pyarrow.ArrowException),
+        pyarrow.parquet.ParquetFile(path) as file,
+    ):
+        table = file.read()
     return Rows(range(len(table)), decode=lambda index: table.slice(index, 1).to_pylist()[0])
 
 

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mergekit_obim.calibration.data.images import placeholders
-from mergekit_obim.calibration.data.template import ChatWriter
+from mergekit_obim.calibration.data.template import write_chat
 from mergekit_obim.errors import CalibrationError
 from mergekit_obim.recipe.calibration import SELF, Calibration
 from mergekit_obim.saliency.file import atomic_write
@@ -115,8 +115,8 @@ def opening_of(tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> Openi
         CalibrationError: The chat template doesn't take a user's text, or changes it.
     """
     if tokenizer.chat_template:
-        writer = ChatWriter(tokenizer, date)
-        text, template = writer.write([{"role": "user", "content": _MARK}], reply=True)
+        turn = {"role": "user", "content": _MARK}
+        text, template, read_clock = write_chat(tokenizer, [turn], date, reply=True)
         before, _, after = text.partition(_MARK)
         if _MARK not in text or _MARK in after:
             raise CalibrationError(
@@ -126,7 +126,7 @@ def opening_of(tokenizer: PreTrainedTokenizerBase, date: datetime.date) -> Openi
         # In most vocabularies a space belongs to the word after it, which is yet to be written.
         start, reply = (_bare(tokenizer, part) for part in (before.rstrip(" "), after))
         if start:
-            return Opening(start, reply, template, writer.read_clock)
+            return Opening(start, reply, template, read_clock)
     around = [int(token) for token in tokenizer("")["input_ids"]]
     start = tuple(token for token in around if token != tokenizer.eos_token_id)
     if not start and tokenizer.bos_token_id is not None:

@@ -12,112 +12,110 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from mergekit_obim.calibration.data.conversations import CALL, Messages, short
-from mergekit_obim.errors import CalibrationError, one_line
+from mergekit_obim.errors import CalibrationError, told_as
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 
-class ChatWriter:
-    """Writes conversations with a model's chat template, in the form that the template takes.
+Chat: TypeAlias = "PreTrainedTokenizerBase | ProcessorMixin"
 
-    Attributes:
-        read_clock: Whether the template has asked for the date.
+
+def write_chat(
+    chat: Chat,
+    messages: Messages,
+    date: datetime.date,
+    tools: list[Any] | None = None,
+    *,
+    reply: bool = False,
+) -> tuple[str, str, bool]:
+    """Writes a conversation with a model's chat template, in the form that the template takes.
 
     Args:
         chat: The tokenizer of the model; for rows with images, its processor.
+        messages: As ``read_conversation`` returns them. A processor's template is given the
+            parts of type image too, a tokenizer's only text.
         date: The date that the template is told if it asks for today's. With the real one, the
             same recipe would be another measurement tomorrow.
+        tools: Descriptions of the tools that the conversation may call.
+        reply: Whether the text goes on to where the model's answer begins.
+
+    Returns:
+        The text, with special tokens; the template that wrote it; whether it asked for the date.
+
+    Raises:
+        CalibrationError: There is no template, it doesn't take these messages, or it prints
+            lists or JSON in the place of text.
     """
+    # Asked first: apply_chat_template tells a missing template by its own, longer error.
+    if not chat.chat_template:
+        raise CalibrationError(
+            "holds messages, but the model's tokenizer has no chat template; add one to its "
+            "folder (chat_template.jinja), or use data with prompt or text fields"
+        )
+    with told_as(CalibrationError, "the chat template doesn't take these messages"):
+        template = _template(chat, tools)
+        known = "tool_calls" in template
+        calls = [_call(m, known) if m["role"] == CALL else m for m in messages]
 
-    def __init__(self, chat: PreTrainedTokenizerBase | ProcessorMixin, date: datetime.date) -> None:
-        self.read_clock = False
-        self._chat, self._date = chat, date
-
-    def write(
-        self, messages: Messages, tools: list[Any] | None = None, *, reply: bool = False
-    ) -> tuple[str, str]:
-        """Returns the text of a conversation, with special tokens, and the template that wrote it.
-
-        Args:
-            messages: As ``read_conversation`` returns them. A processor's template is given the
-                parts of type image too, a tokenizer's only text.
-            tools: Descriptions of the tools that the conversation may call.
-            reply: Whether the text goes on to where the model's answer begins.
-
-        Raises:
-            CalibrationError: There is no template, it doesn't take these messages, or it prints
-                lists or JSON in the place of text.
-        """
-        # Asked first: apply_chat_template tells a missing template by its own, longer error.
-        if not self._chat.chat_template:
-            raise CalibrationError(
-                "holds messages, but the model's tokenizer has no chat template; add one to its "
-                "folder (chat_template.jinja), or use data with prompt or text fields"
-            )
-        try:
-            template = self._template(tools)
-            calls = _with_calls(messages, "tool_calls" in template)
-
-            def apply(taken: Messages) -> str:
-                return str(
-                    self._chat.apply_chat_template(
-                        taken,
-                        tools=tools,
-                        chat_template=template,
-                        tokenize=False,
-                        add_generation_prompt=reply,
-                    )
+        def apply(taken: Messages) -> str:
+            return str(
+                chat.apply_chat_template(
+                    taken,
+                    tools=tools,
+                    chat_template=template,
+                    tokenize=False,
+                    add_generation_prompt=reply,
                 )
-
-            with self._stopped_clock(template):
-                taken, text = _with_values(_as_taken(calls, apply, self._forms()), apply)
-                again = apply(taken)
-        except CalibrationError:
-            raise
-        except Exception as error:  # a template is a program, with errors of its own
-            raise CalibrationError(
-                f"the chat template doesn't take these messages: {one_line(error)}"
-            ) from error
-        if text != again:
-            raise CalibrationError(
-                "the chat template writes another text each time: take what is random out of it"
             )
-        return text, template
 
-    def _template(self, tools: list[Any] | None) -> str:
-        if hasattr(self._chat, "get_chat_template"):
-            return str(self._chat.get_chat_template(tools=tools))
-        template = self._chat.chat_template
-        return str(template["default"] if isinstance(template, dict) else template)
+        with _stopped_clock(template, date) as asked:
+            taken, text = _with_values(_as_taken(calls, apply, _forms(chat)), apply)
+            again = apply(taken)
+    if text != again:
+        raise CalibrationError(
+            "the chat template writes another text each time: take what is random out of it"
+        )
+    return text, template, bool(asked)
 
-    def _forms(self) -> list[Callable[[Any], Any]]:
-        """Returns the forms of content that the template may take, the likelier one first."""
-        if not hasattr(self._chat, "image_processor"):
-            return [_as_text, lambda content: _as_parts(content, images=False)]
-        token = getattr(self._chat, "image_token", None)
-        return [_as_parts] + [lambda content: _as_text(content, f"{token}\n")] * bool(token)
 
-    @contextmanager
-    def _stopped_clock(self, template: str) -> Iterator[None]:
-        # transformers gives every template its own strftime_now, and lets no caller replace it. But
-        # it caches compiled templates, and a template looks in its own globals first.
-        from transformers.utils.chat_template_utils import _compile_jinja_template
+def _template(chat: Chat, tools: list[Any] | None) -> str:
+    if hasattr(chat, "get_chat_template"):
+        return str(chat.get_chat_template(tools=tools))
+    template = chat.chat_template
+    return str(template["default"] if isinstance(template, dict) else template)
 
-        def strftime_now(format: str) -> str:
-            self.read_clock = True
-            midnight = datetime.datetime.combine(self._date, datetime.time())
-            return midnight.strftime(format)
 
-        names = _compile_jinja_template(template).globals
-        names["strftime_now"] = strftime_now
-        try:
-            yield
-        finally:
-            names.pop("strftime_now", None)
+def _forms(chat: Chat) -> list[Callable[[Any], Any]]:
+    """Returns the forms of content that the template may take, the likelier one first."""
+    if not hasattr(chat, "image_processor"):
+        return [_as_text, lambda content: _as_parts(content, images=False)]
+    token = getattr(chat, "image_token", None)
+    return [_as_parts] + [lambda content: _as_text(content, f"{token}\n")] * bool(token)
+
+
+@contextmanager
+def _stopped_clock(template: str, date: datetime.date) -> Iterator[list[str]]:
+    """Yields a list of what the template asks of the clock, while the date is this one."""
+    # transformers gives every template its own strftime_now, and lets no caller replace it. But
+    # it caches compiled templates, and a template looks in its own globals first.
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    asked: list[str] = []
+
+    def strftime_now(format: str) -> str:
+        asked.append(format)
+        return datetime.datetime.combine(date, datetime.time()).strftime(format)
+
+    names = _compile_jinja_template(template).globals
+    names["strftime_now"] = strftime_now
+    try:
+        yield asked
+    finally:
+        names.pop("strftime_now", None)
 
 
 def _as_taken(
@@ -268,12 +266,8 @@ def _as_parts(content: Any, images: bool = True) -> Any:
     return [part for part in content if images or part["type"] == "text"]
 
 
-def _with_calls(messages: Messages, known: bool) -> Messages:
-    """Returns the messages with ShareGPT's calls as calls, or as text if the template has none."""
-    return [_call(message, known) if message["role"] == CALL else message for message in messages]
-
-
 def _call(message: dict[str, Any], known: bool) -> dict[str, Any]:
+    """Returns ShareGPT's call as a call, or as text if the template does not know calls."""
     text = _as_text(message["content"])
     try:
         found = json.loads(text) if isinstance(text, str) else None

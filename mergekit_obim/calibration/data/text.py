@@ -15,7 +15,7 @@ from mergekit_obim.calibration.data.conversations import (
     read_parts,
     short,
 )
-from mergekit_obim.errors import CalibrationError
+from mergekit_obim.errors import CalibrationError, told_as
 from mergekit_obim.recipe.calibration import DataSource
 
 Row = Mapping[str, Any]
@@ -71,10 +71,8 @@ def row_tools(row: Row) -> list[Any] | None:
     """
     tools = row.get("tools")
     if isinstance(tools, str):
-        try:
+        with told_as(CalibrationError, "field 'tools' is not valid JSON", ValueError):
             tools = json.loads(tools or "null")
-        except ValueError as error:
-            raise CalibrationError(f"field 'tools' is not valid JSON: {error}") from error
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
