@@ -45,7 +45,7 @@ def _draw(path: Path, regimes: Mapping[str, Mapping[str, Any]]) -> Path:
                             mean, place, "o", color=colour, markerfacecolor=fill, markersize=4
                         )
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_xlim(_LEAST - 0.05, 1.1)
+            axes.set_xlim(_LEAST - 0.05, max(1.1, axes.get_xlim()[1]))
             axes.set_title(name, fontsize=8)
         panels[0][0].set_yticks(range(len(methods)), methods)
         figure.supxlabel("mean recovery: ● default, ○ tuned; blue: ours; at the edge: below −0.5")
