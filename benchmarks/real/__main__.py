@@ -61,14 +61,12 @@ def main(
     for seed in seeds:
         lab = Lab(model, rows, settings, seed, cache / scale / f"seed{seed}")
         for name in names or REGIMES:
-            start = time.perf_counter()
+            start, how = time.perf_counter(), made("cpu")
             for found in tables.figures(lab, name, kinds or tables.KINDS, only):
                 # Read anew: other regimes may be running beside this one.
                 kept = page.read(docs)
-                seeds_figures = kept.setdefault(scale, {}).setdefault(name, {})
-                seeds_figures[str(seed)] = page.add(seeds_figures.get(str(seed), {}), found) | {
-                    "made": made("cpu")
-                }
+                by_seed = kept.setdefault(scale, {}).setdefault(name, {})
+                by_seed[str(seed)] = page.add(by_seed.get(str(seed), {}), found, how)
                 page.write(docs, kept)
             plots.draw(docs, page.read(docs))
             print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)

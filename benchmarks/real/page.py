@@ -39,13 +39,27 @@ def write(docs: Path, kept: dict[str, Any]) -> None:
         path.write_text(render(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
 
-def add(before: Mapping[str, Any], found: Mapping[str, Any]) -> dict[str, Any]:
-    """A regime's figures of one seed with more methods, or more of what is known of them."""
+def add(
+    before: Mapping[str, Any], found: Mapping[str, Any], made: Mapping[str, str]
+) -> dict[str, Any]:
+    """A regime's figures of one seed with more methods, or more of what is known of them.
+
+    Args:
+        before: The figures that are there.
+        found: The new ones.
+        made: Where and by which commit they were made; all commits of a regime are told.
+    """
     rows = dict(before.get("methods", {}))
     for method, row in found["methods"].items():
         rows[method] = {**rows.get(method, {}), **row}
     order = [method for method in methods(2) if method in rows]
-    return {**found, "methods": {method: rows[method] for method in order}}
+    commits = before.get("made", {}).get("commit", "").split(", ")
+    commit = ", ".join(dict.fromkeys(one for one in (*commits, made["commit"]) if one))
+    return {
+        **found,
+        "methods": {method: rows[method] for method in order},
+        "made": {**made, "commit": commit},
+    }
 
 
 def _rounded(value: Any) -> Any:
