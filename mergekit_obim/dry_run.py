@@ -91,12 +91,16 @@ def _schema_faults(document: Document, error: ValidationError) -> Iterator[Fault
         yield Fault("plan", f"{place if path else 'the recipe'}: {message}", place)
 
 
-def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, Any]]:
+def plan(
+    config: MergeConfiguration, options: MergeOptions, *, inspected: bool = False
+) -> list[tuple[Any, Any]]:
     """Plan a merge as mergekit-yaml would.
 
     Args:
         config: The recipe.
         options: mergekit's options.
+        inspected: Whether the recipe's models were inspected before, which takes longer than to
+            plan.
 
     Returns:
         For each output tensor, in the order of the merge, its ``WeightInfo`` and mergekit's task.
@@ -106,7 +110,7 @@ def plan(config: MergeConfiguration, options: MergeOptions) -> list[tuple[Any, A
             shortened to one line.
     """
     with _in_our_words():
-        return _tasks(_planner(config, options, inspected=False))
+        return _tasks(_planner(config, options, inspected=inspected))
 
 
 def plan_and_collect(
@@ -138,7 +142,7 @@ def _planner(config: MergeConfiguration, options: MergeOptions, *, inspected: bo
     LoaderCache().setup(options=options)
     no_card = options.model_copy(update={"write_model_card": False})
     find = mergekit.architecture.get_architecture_info
-    # Wrapped by `methods.mergekit_hooks`, it inspects the models; `--check` has done so already.
+    # Wrapped by `methods.mergekit_hooks`, it inspects the models.
     info = (inspect.unwrap(find) if inspected else find)(config, no_card)
     # Of the merged model's configuration only the architecture matters here, not the layers.
     like = config.base_model or config.referenced_models()[0]

@@ -32,6 +32,10 @@ class RecipeError(ObimError, ValueError):
     """A recipe asks for something impossible, such as an unknown parameter or a density over 1."""
 
 
+class GenomeError(ObimError, RuntimeError):
+    """A genome of mergekit-evolve makes no recipe; not a ValueError, which pydantic would wrap."""
+
+
 class SaliencyFileError(ObimError, ValueError):
     """A saliency file cannot be used: truncated, of another version, of other weights, …"""
 
@@ -42,6 +46,10 @@ class SaliencyNotFoundError(ObimError, FileNotFoundError):
     # OSError prints its errno and file name unless told otherwise.
     def __str__(self) -> str:
         return self.message
+
+
+class PublishError(ObimError, RuntimeError):
+    """The Hub did not take a saliency file."""
 
 
 class CheckpointError(ObimError, ValueError):

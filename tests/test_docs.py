@@ -43,9 +43,11 @@ from commands import (
     mergekit_multi,
     mergekit_yaml,
     obim_card,
+    obim_eval,
     obim_kinship,
     obim_report,
     obim_saliency,
+    obim_tune,
     succeed,
     write_recipe,
 )
@@ -53,6 +55,7 @@ from mergekit_obim.calibration.data.text import INPUT_FIELDS
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
 from mergekit_obim.commands import saliency as cli
+from mergekit_obim.commands import tune as cli_tune
 from mergekit_obim.methods import METHODS
 from mergekit_obim.methods.parameters import PLANNED
 from mergekit_obim.recipe import Document
@@ -85,8 +88,10 @@ _SIMPLE = re.compile(
 COMMANDS: dict[str, Callable[..., Result]] = {
     "obim-saliency": obim_saliency,
     "obim-card": obim_card,
+    "obim-eval": obim_eval,
     "obim-kinship": obim_kinship,
     "obim-report": obim_report,
+    "obim-tune": obim_tune,
     "mergekit-multi": mergekit_multi,
     "mergekit-yaml": mergekit_yaml,
 }
@@ -231,6 +236,8 @@ class Reader:
 
 OPTIONS = {
     "obim-saliency": {option for p in cli.main.params for option in p.opts},
+    "obim-eval": {option for p in cli_tune.evaluate.params for option in p.opts},
+    "obim-tune": {option for p in cli_tune.tune.params for option in p.opts},
     "obim-card": {option for p in cli_report.card.params for option in p.opts},
     "obim-kinship": {option for p in cli_kinship.kinship.params for option in p.opts},
     "obim-report": {option for p in cli_report.report.params for option in p.opts},
@@ -298,6 +305,7 @@ METHOD = (ROOT / "docs/method.md").read_text(encoding="utf-8")
 RECIPES = (ROOT / "docs/recipes.md").read_text(encoding="utf-8")
 PARAMETERS = RECIPES.partition("\n### ")[0]
 CALIBRATION = RECIPES.partition("\n## Calibration\n")[2]
+TUNING = (ROOT / "docs/tuning.md").read_text(encoding="utf-8")
 FORMAT = (ROOT / "docs/saliency_format.md").read_text(encoding="utf-8")
 
 
@@ -340,6 +348,12 @@ def test_the_recipes_page_has_every_calibration_key_as_it_is() -> None:
 def test_the_recipes_page_has_every_option() -> None:
     for option in OPTIONS["obim-saliency"] - {"config", "out_dir", "more", "--version", "--help"}:
         assert f"`{option}`" in RECIPES, option
+
+
+def test_the_tuning_page_has_every_option_of_its_own() -> None:
+    for command in ("obim-tune", "obim-eval"):
+        for option in OPTIONS[command] - OPTIONS["obim-card"]:
+            assert not option.startswith("-") or f"`{option}" in TUNING, option
 
 
 def test_the_format_page_has_every_metadata_key() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 import reference
 from kernel_inputs import same_bits, strided
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels import regmean_gram
+from mergekit_obim.kernels import blocks, regmean_gram
 from mergekit_obim.kernels.blocks import one_thread
 from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.nystrom import nystrom_factor
@@ -356,8 +356,8 @@ def test_neither_strides_nor_blocks_nor_threads_matter(
         assert same_bits(merge(layer, grams, 0.9), whole_blocks)
     moved = Layer(strided(layer.base, layout), [strided(e, layout) for e in layer.experts], [])
     close(merge(moved, grams, 0.9), whole_blocks, layer, 1e-12)
-    monkeypatch.setattr(regmean_gram, "CPU_BLOCK", 1)
-    monkeypatch.setattr(regmean_gram, "_FEWEST_ROWS", 3)
+    monkeypatch.setattr(blocks, "CPU_BLOCK", 1)
+    monkeypatch.setattr(blocks, "_FEWEST_ROWS", 3)
     close(merge(layer, grams, 0.9), whole_blocks, layer, 1e-12)
 
 

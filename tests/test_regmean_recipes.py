@@ -100,7 +100,10 @@ def write_file(
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    root = tmp_path_factory.mktemp("regmean")
+    return write_measured(tmp_path_factory.mktemp("regmean"))
+
+
+def write_measured(root: Path) -> Measured:
     family = checkpoints.write_family(root)
     folders = {kind: root / kind for kind in ("sketch", "full", "diagonal")}
     grams = []

@@ -355,8 +355,8 @@ def test_a_merged_model_of_another_recipe(family: Family, tmp_path: Path) -> Non
 
 
 def test_refusals(family: Family, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = commands.write_recipe(tmp_path, family.recipe(merge_method="ties_obm"))
-    says(refusal(commands.obim_report(path)), "ties_obm", "one owner")
+    path = commands.write_recipe(tmp_path, family.recipe(merge_method="consensus_ta"))
+    says(refusal(commands.obim_report(path)), "consensus_ta", "reads no saliency files", "ties_obm")
     path = commands.write_recipe(tmp_path, family.recipe(parameters={"saliency": "nowhere"}))
     says(refusal(commands.obim_report(path)), "no saliency", family.names[0])
     path = commands.write_recipe(tmp_path, family.recipe())

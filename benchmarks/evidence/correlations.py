@@ -12,7 +12,7 @@ SKETCHES: tuple[int | str, ...] = (4, 8, 16, 32, 64, "full")
 SHRINKS = (0.5, 0.8, 0.9, 0.95, 0.99, 1.0)
 
 
-def _merges(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Merge]:
+def of_correlations(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Merge]:
     """Every merge of the table, by its name."""
 
     def regmean(sketch: int | str = 16, data: Mapping[str, Any] = sources, **shared: Any) -> Merge:
@@ -37,12 +37,16 @@ def _merges(experts: Sequence[str], sources: Mapping[str, Any]) -> dict[str, Mer
         **{f"RegMean, 16 columns, shrink {s}": regmean(shrink=s) for s in SHRINKS},
         **{f"RegMean, whole matrix, shrink {s}": regmean("full", shrink=s) for s in SHRINKS},
         **{
-            f"no data, shrink {s}": replace(
-                Merge("regmean", {"statistics": "none", "shrink": s}), experts=tuple(experts)
-            )
+            f"no data, shrink {s}": Merge("regmean", {"statistics": "none", "shrink": s}, **plain)
             for s in (0.25, 0.5, 0.75, 0.9)
         },
     }
+
+
+def mixed_text(lab: Lab) -> dict[str, Any]:
+    """All three tasks' text, as calibration data."""
+    samples = lab.scale.samples // len(TRIO) + 1
+    return {"data": [{"data": lab.data(task), "samples": samples} for task in TRIO]}
 
 
 def table_correlations(lab: Lab) -> dict[str, Any]:
@@ -55,7 +59,7 @@ def table_correlations(lab: Lab) -> dict[str, Any]:
             task: own[other] for task, other in zip(TRIO, (*TRIO[1:], TRIO[0]), strict=True)
         },
     }
-    merges = _merges(TRIO, own)
+    merges = of_correlations(TRIO, own)
     for source, calibration in others.items():
         for sketch, what in ((16, "16 columns"), ("full", "whole matrix")):
             name = f"RegMean, {what}"
@@ -68,9 +72,7 @@ def table_correlations(lab: Lab) -> dict[str, Any]:
 
 def table_correlations_one_run(lab: Lab) -> dict[str, Any]:
     """Losses of merged checkpoints of one run that forgot, calibrated on all tasks' text."""
-    samples = lab.scale.samples // len(TRIO) + 1
-    mixed = {"data": [{"data": lab.data(task), "samples": samples} for task in TRIO]}
     rows = {name: lab.score_model(name, TRIO) for name in (BASE, *CHECKPOINTS)}
-    merges = _merges(CHECKPOINTS, dict.fromkeys(CHECKPOINTS, mixed))
+    merges = of_correlations(CHECKPOINTS, dict.fromkeys(CHECKPOINTS, mixed_text(lab)))
     rows |= {name: lab.score(merge, TRIO) for name, merge in merges.items()}
     return {name: scores["loss"] for name, scores in rows.items()}

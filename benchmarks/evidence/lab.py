@@ -104,6 +104,16 @@ SCALES = {
         windows=256,
         questions=500,
     ),
+    "tiny": Scale(  # 1.1M parameters, minutes on one core: the demo's models
+        size=Size(),
+        train_chars=300_000,
+        base=Training(steps=400, learning_rate=2e-3, final_rate=1.0),
+        expert=Training(steps=120, learning_rate=1e-4, seed=1),
+        continued=Training(steps=100, learning_rate=1e-3, final_rate=1.0, seed=2),
+        samples=100,
+        windows=48,
+        questions=50,
+    ),
     "smoke": Scale(
         size=Size(hidden=32, layers=2, heads=2, intermediate=64),
         train_chars=10_000,
@@ -297,8 +307,42 @@ class Lab:
             path.write_text("".join(rows))
         return str(path)
 
+    def tuned(
+        self, merge: Merge, tasks: Sequence[str], options: Sequence[object], **guard: Any
+    ) -> Scores:
+        """Scores of what `obim-tune` makes of a merge's recipe, on test text.
+
+        Args:
+            merge: The recipe.
+            tasks: What the tuned merge is scored on.
+            options: The command's.
+            guard: The recipe's `guard`, if it is to have one.
+        """
+        keys = [self.model_key(expert) for expert in merge.experts]
+        measured = self._settings(("samples", "windows", "questions"))
+        name = digest("tuned", keys, asdict(merge), measured, tasks, list(map(str, options)), guard)
+        if name not in self.known:
+            out = self.folder / "tuned" / name
+            recipe = {**self.recipe(merge), **({"guard": guard} if guard else {})}
+            path = _write(out.with_suffix(".yml"), recipe)
+            tuned = path.with_suffix(".tuned.yml")
+            command("obim-tune", path, "-o", tuned, "--overwrite", *options)
+            command("mergekit-yaml", tuned, out, "--no-copy-tokenizer", "--no-write-model-card")
+            self.known[name] = self.measure(self._load(out), tasks, "test")
+            shutil.rmtree(out)
+            self._save()
+        return self.known[name]
+
     def _merge(self, merge: Merge, out: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
+        path = _write(out.with_suffix(".yml"), self.recipe(merge))
+        # DARE and DELLA draw what they drop: the seed makes their merges the same again.
+        options = ("--no-copy-tokenizer", "--no-write-model-card", "--random-seed", self.seed)
+        command("mergekit-yaml", path, out, *options)
+        path.unlink()
+
+    def recipe(self, merge: Merge) -> dict[str, Any]:
+        """The recipe of a merge; what it reads is trained and measured."""
         calibrations = [merge.calibration.get(expert) or self.data(expert)
                         for expert in merge.experts]  # fmt: skip
         models = [
@@ -323,27 +367,27 @@ class Lab:
         }  # fmt: skip
         if merge.needs_saliency() and "saliency" not in merge.shared:
             for model, expert in zip(models, merge.experts, strict=True):
+                if "saliency" in model["parameters"]:
+                    continue
                 files = self._saliency_folder(expert, model["calibration"])
                 model["parameters"]["saliency"] = str(files)
                 if not any(files.glob("*.safetensors")):  # an interrupted pre-pass leaves none
                     only = {**recipe, "models": [model]}
                     command("obim-saliency", _write(files.with_suffix(".yml"), only), files)
-        path = _write(out.with_suffix(".yml"), recipe)
-        # DARE and DELLA draw what they drop: the seed makes their merges the same again.
-        options = ("--no-copy-tokenizer", "--no-write-model-card", "--random-seed", self.seed)
-        command("mergekit-yaml", path, out, *options)
-        path.unlink()
+        return recipe
 
     def _saliency_folder(self, expert: str, calibration: Any) -> Path:
         """One folder for each way of calibrating an expert, shared by all merges."""
         way = (self.model_key(expert), expert, calibration, self.scale.samples)
         return self.folder / "saliency" / digest(*way)
 
-    def saliency(self, task: str) -> Path:
-        """The saliency file of a task's expert, by the pre-pass."""
-        folder = self._saliency_folder(task, self.data(task))
+    def saliency(self, task: str, **more: Any) -> Path:
+        """The saliency file of a task's expert, by the pre-pass; with more calibration keys."""
+        calibration: Any = {"data": self.data(task), **more} if more else self.data(task)
+        folder = self._saliency_folder(task, calibration)
         if not any(folder.glob("*.safetensors")):
-            self.score(Merge("regmean_diag", experts=(task,)))
+            own = {task: calibration} if more else {}
+            self.score(Merge("regmean_diag", experts=(task,), calibration=own))
         return next(folder.glob("*.safetensors"))
 
     def _save(self) -> None:
@@ -378,10 +422,14 @@ def command(name: str, *arguments: object) -> None:
     from mergekit.io.tasks import LoaderCache
     from mergekit.scripts import run_yaml
 
-    from mergekit_obim.commands import saliency as cli
+    from mergekit_obim.commands import saliency, tune
 
     LoaderCache().loaders.clear()
-    entry = {"obim-saliency": cli.main, "mergekit-yaml": run_yaml.main}[name]
+    entry = {
+        "obim-saliency": saliency.main,
+        "obim-tune": tune.tune,
+        "mergekit-yaml": run_yaml.main,
+    }[name]
     entry.main([*map(str, arguments), "--quiet"], name, standalone_mode=False)
 
 

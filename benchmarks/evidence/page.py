@@ -179,4 +179,6 @@ FORMS: dict[str, Callable[[Seeds], list[str]]] = {
     "forgetting": _by_task("loss"),
     "correlations": _by_task("merge"),
     "correlations_one_run": _by_task("loss"),
+    "tuned": _by_task("merge"),
+    "tuned_one_run": _by_task("loss"),
 }

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.evidence.correlations import table_correlations, table_correlations_one_run
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, TASKS, TRIO, Lab, Merge, random_text
+from benchmarks.evidence.tuned import table_tuned, table_tuned_one_run
 from benchmarks.evidence.variants import table_variants
 from mergekit_obim.models.layers import block_of
 from mergekit_obim.saliency.file import SaliencyFile, write_saliency
@@ -300,4 +301,6 @@ TABLES: dict[str, Callable[[Lab], dict[str, Any]]] = {
     "forgetting": table_forgetting,
     "correlations": table_correlations,
     "correlations_one_run": table_correlations_one_run,
+    "tuned": table_tuned,
+    "tuned_one_run": table_tuned_one_run,
 }

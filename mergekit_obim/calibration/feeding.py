@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 
-def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> None:
-    """Run one forward pass, of which nothing is kept.
+def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> Tensor | None:
+    """Run one forward pass.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
     its own training on text. Of a model that takes no text (speech), the decoder runs alone,
@@ -23,9 +23,13 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         model: A model of any of transformers' classes, in eval mode.
         ids: [sequences, tokens], int64, on the model's device; no padding.
         images: What the model's processor gives beside the ids for one row with images.
+
+    Returns:
+        The logits, [sequences, tokens, vocabulary] of a language model, on whatever device they
+        are computed on; None of a model without a head.
     """
     with full_precision():
-        _feed(model, ids, images)
+        return _feed(model, ids, images)
 
 
 @contextmanager
@@ -48,19 +52,18 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> None:
+def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> Tensor | None:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)
     takes_text = "input_ids" in named
     if not takes_text and decoder is not None and decoder is not model:
         hidden = decoder(input_ids=ids, use_cache=False)[0]
-        if (head := model.get_output_embeddings()) is not None:
-            head(hidden)
-        return
+        head = model.get_output_embeddings()
+        return None if head is None else head(hidden)
     more: dict[str, Any] = {}
     if images is not None:
         more |= images.to(ids.device, dtype=model.dtype)  # of floating-point tensors
     if getattr(model.config, "is_encoder_decoder", False):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         more["decoder_input_ids"] = shift(labels=ids) if shift else ids
-    model(input_ids=ids, use_cache=False, **more)
+    return getattr(model(input_ids=ids, use_cache=False, **more), "logits", None)

@@ -54,12 +54,15 @@ class CalibrationReader:
     find_processor: Callable[[], RowProcessor | None]
     writing: Writing | None
 
-    def read(self, own_rows: Sequence[list[int]] | None = None) -> TokenizedCalibration:
+    def read(
+        self, own_rows: Sequence[list[int]] | None = None, *, further: int = 0
+    ) -> TokenizedCalibration:
         """Read and tokenize the data.
 
         Args:
             own_rows: The token ids of the rows that the expert has written itself. None leaves
                 these out, if it has yet to write them.
+            further: If not 0, how many rows to read that come after those to be measured.
 
         Raises:
             CalibrationError: The data cannot be read or used, or has tokens that the model does
@@ -71,7 +74,7 @@ class CalibrationReader:
             calibration = calibration.model_copy(update={"sources": others})
         data = TokenizedCalibration([], 0, "", [])
         if calibration.sources:
-            data = self._prepared(calibration, own_rows or ())
+            data = self._prepared(calibration, own_rows or (), further)
         if self.writing and Path(SELF).exists():
             data.warnings.append(
                 f"data: {SELF} means the rows that it writes itself; for what is here under that "
@@ -80,7 +83,7 @@ class CalibrationReader:
         return data
 
     def _prepared(
-        self, calibration: Calibration, own_rows: Sequence[list[int]]
+        self, calibration: Calibration, own_rows: Sequence[list[int]], further: int
     ) -> TokenizedCalibration:
         label = self.expert.model
         data = prepare(
@@ -90,6 +93,7 @@ class CalibrationReader:
             length_limit(self.tokenizer, self.config),
             self.find_processor,
             own_rows,
+            further=further,
         )
         check_vocabulary(label, data, self.config)
         return data
@@ -108,6 +112,7 @@ def open_calibration(
         references: Where to look for a tokenizer and a processor: the expert, then the base.
         model: The expert's checkpoint.
         options: Where downloads are kept, and whether code that comes with a model may run.
+        further: If not 0, how many rows to read that come after those to be measured.
 
     Raises:
         CalibrationError: There is no tokenizer that can be loaded, or the expert is to write rows

@@ -18,7 +18,7 @@ from mergekit_obim.calibration.products import Products
 from mergekit_obim.errors import CalibrationError, RecipeError, SaliencyFileError, quoted
 from mergekit_obim.kernels.gram import TEST_MATRIX
 from mergekit_obim.kernels.scores import task_vector
-from mergekit_obim.models.names import stored_parts
+from mergekit_obim.models.names import stored_parts, under_all_names
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.recipe.experts import Expert
@@ -176,14 +176,10 @@ def entries(
         and the metadata that only the run could tell: weights without h, counts of tokens, and
         which entry has the products of which weight's input.
     """
-    stored = set(opened.names)
     h: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, list[int]]] = {}
     for parameter, curvature in capture.curvatures().items():
-        h |= dict.fromkeys(names[parameter], curvature.h)
-        # Loading fused, split or transposed what the checkpoint stores, and a merge reads that.
-        if not any(name in stored for name in names[parameter]):
-            h |= stored_parts(model, parameter, curvature.h, opened.shape)
+        h |= under_all_names(model, parameter, curvature.h, names[parameter], opened.shape)
         if curvature.experts:
             tokens, pooled = list(curvature.experts), list(curvature.pooled)
             experts[parameter] = {"tokens": tokens, "pooled": pooled}

@@ -26,14 +26,17 @@ from mergekit_obim.recipe.document import read_document
     "--recipe", type=FILE, help="The recipe of the merge  [default: MERGED_DIR/mergekit_config.yml]"
 )
 @click.option(
-    "--no-shares", is_flag=True, help="Do not count each expert's weights: takes seconds only"
+    "--no-shares",
+    is_flag=True,
+    help="Do not count each expert's weights, or predict its error: takes seconds only",
 )
 @shared_options
 def card(merged: Path, recipe: Path | None, no_shares: bool, **options: Any) -> None:
     """Add to a merged model's card how many of the weights are each expert's.
 
     Goes through the merge that made MERGED_DIR once more, without merging, and writes a section
-    into its README.md: experts, shares, calibration, saliency files, version. The card's metadata
+    into its README.md: experts, shares (or predicted errors, where no weight has a single owner),
+    calibration, saliency files, version. The card's metadata
     gets tags, base models and calibration data sets. Run it where mergekit-yaml ran. Running it
     again replaces the section.
     """

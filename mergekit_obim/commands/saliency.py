@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -15,15 +15,18 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mergekit_obim.commands.options import (
+    DTYPES,
     FILE,
     NEW_FILE,
     GroupedHelp,
     batch_size,
-    device_memory,
+    check_hardware,
+    hardware_options,
+    run_options,
     shared_options,
     start_logging,
 )
-from mergekit_obim.errors import CheckpointError, RecipeError, one_line, told_as
+from mergekit_obim.errors import CheckpointError, RecipeError, told_as
 
 # torch, transformers and mergekit are imported where they are needed: --help and a faulty
 # recipe should answer at once.
@@ -38,23 +41,27 @@ if TYPE_CHECKING:
     from mergekit_obim.recipe.experts import Expert
 
 
-class TwoUsages(GroupedHelp):
-    """Help for a command that either measures the experts of a recipe or combines their files."""
+class Usages(GroupedHelp):
+    """Help for a command that measures the experts of a recipe, or does without measuring."""
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         formatter.write_usage(ctx.command_path, "[OPTIONS] CONFIG OUT_DIR")
         formatter.write_usage(ctx.command_path, "--combine FILE FILE... -o NEW", "       ")
+        formatter.write_usage(ctx.command_path, "--from-imatrix FILE MODEL -o NEW", "       ")
+        formatter.write_usage(ctx.command_path, "--to-imatrix FILE -o NEW", "       ")
 
 
 @click.command(
     "obim-saliency",
-    cls=TwoUsages,
+    cls=Usages,
     groups={
         "Calibration": ("samples", "max_length", "batch_size", "seed", "dtype", "model"),
         "Correlations": ("sketch", "full_gram"),
         "Output": ("dense", "overwrite"),
         "Check": ("check", "fixed", "as_json"),
+        "Publish": ("push", "create_pr", "private"),
         "Combine": ("combine", "output"),
+        "Imatrix": ("from_imatrix", "to_imatrix"),
         "Hardware": ("device", "device_map", "max_memory"),
     },
 )
@@ -74,7 +81,7 @@ class TwoUsages(GroupedHelp):
 @click.option("--seed", type=int, help="Which rows are drawn  [default: 0]")
 @click.option(
     "--dtype",
-    type=click.Choice(["float32", "bfloat16", "float16", "float64"]),
+    type=click.Choice(DTYPES),
     help="Of the forward pass  [default: the checkpoint's]",
 )
 @click.option("--model", multiple=True, help="Only this expert, as the recipe names it; repeatable")
@@ -108,31 +115,38 @@ class TwoUsages(GroupedHelp):
 )
 @click.option("--json", "as_json", is_flag=True, help="With --check: for machines")
 @click.option(
+    "--push",
+    metavar="ORG/REPO",
+    help="Commit the files to a repository on the Hub: a single expert's where a recipe that names "
+    "this repository as its model finds it",
+)
+@click.option("--create-pr", is_flag=True, help="With --push: open a pull request instead")
+@click.option("--private", is_flag=True, help="With --push: make the repository private, if new")
+@click.option(
     "--combine",
     is_flag=True,
     help="Measure nothing: write the token-weighted means of saliency files, as the saliency of a "
     "model that was merged from theirs",
 )
 @click.option(
+    "--from-imatrix",
+    is_flag=True,
+    help="Measure nothing: write the saliency of a model from its importance matrix, as llama.cpp "
+    "makes it",
+)
+@click.option(
+    "--to-imatrix",
+    is_flag=True,
+    help="Measure nothing: write an importance matrix for llama.cpp from a saliency file",
+)
+@click.option(
     "-o",
     "--output",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="NEW",
-    help="With --combine: the file to write",
+    help="With --combine, --from-imatrix or --to-imatrix: the file to write",
 )
-@click.option(
-    "--device", help="Device to run on  [default: an accelerator if there is one, else cpu]"
-)
-@click.option(
-    "--device-map", help="Spread the model over devices, CPU and disk: accelerate's, as auto"
-)
-@click.option(
-    "--max-memory",
-    type=device_memory,
-    metavar="DEVICE=SIZE",
-    multiple=True,
-    help="With --device-map; repeatable",
-)
+@hardware_options
 @shared_options
 def main(
     config: Path,
@@ -141,7 +155,12 @@ def main(
     check: bool,
     fixed: Path | None,
     as_json: bool,
+    push: str | None,
+    create_pr: bool,
+    private: bool,
     combine: bool,
+    from_imatrix: bool,
+    to_imatrix: bool,
     output: Path | None,
     **options: Any,
 ) -> None:
@@ -150,17 +169,29 @@ def main(
     Loads each model of CONFIG but the base, runs its calibration inputs forward, and writes
     OUT_DIR/<model-name>.safetensors, for `parameters: {saliency: OUT_DIR}`.
     """
-    if options["max_memory"] and not options["device_map"]:
-        raise click.UsageError("--max-memory does nothing without --device-map; add it, as auto")
+    check_hardware(options)
     if options["full_gram"] and options["sketch"] is not None:
         raise click.UsageError("--full-gram has all columns that --sketch could ask for; leave it")
     if (as_json or fixed) and not check:
         raise click.UsageError(f"--{'json' if as_json else 'fix'} does nothing without --check")
+    if (create_pr or private) and not push:
+        raise click.UsageError(f"--{'create-pr' if create_pr else 'private'} goes with --push")
+    if push and (check or combine or from_imatrix or to_imatrix or options["dense"]):
+        raise click.UsageError("--push publishes what is measured, in factored form: give it alone")
+    if push and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", push):
+        raise click.UsageError(f"--push {push}: is no repository on the Hub: write ORG/REPO")
     start_logging(options.pop("verbosity"))
-    if combine or output:
-        if not (combine and output and out_dir):
-            raise click.UsageError("--combine takes two or more files, and -o NEW")
-        _combine([config, out_dir, *more], output, options["overwrite"])
+    files = [config, *([out_dir] if out_dir else []), *more]
+    modes = {"combine": combine, "from-imatrix": from_imatrix, "to-imatrix": to_imatrix}
+    if asked := [mode for mode, given in modes.items() if given] or (["combine"] if output else []):
+        fits = {
+            "combine": len(files) > 1,
+            "from-imatrix": len(files) == 2,
+            "to-imatrix": not files[1:],
+        }
+        if not (any(modes.values()) and output and fits[asked[0]]) or asked[1:]:
+            raise click.UsageError(f"--{asked[0]} takes {_TAKES[asked[0]]}, and -o NEW")
+        _convert(asked[0], files, output, options)
         return
     if more:
         raise click.UsageError(f"Got unexpected extra argument ({more[0]})")
@@ -170,13 +201,15 @@ def main(
         raise click.UsageError("Missing argument 'OUT_DIR'.", click.get_current_context())
     if check:
         _check(config, out_dir, fixed, as_json, options)
-    elif "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
-        _measure(config, out_dir, options)
+        return
+    publish = (push, create_pr, private) if push else None
+    if "RANK" not in os.environ:  # alone: torch can wait until the recipe is read
+        _measure(config, out_dir, options, publish)
     else:
         from mergekit_obim.calibration.ranks import joined
 
         with joined() as ranks:
-            _measure(config, out_dir, options, ranks)
+            _measure(config, out_dir, options, publish, ranks)
 
 
 def _check(
@@ -195,12 +228,12 @@ def _check(
     from mergekit_obim import checking
     from mergekit_obim.saliency.file import write_text
 
-    run_options = _run_options(documents[0].content, options)
+    running = run_options(documents[0].content, options)
     if fixed is None:
-        verdict = checking.check(documents, out_dir, run_options, overrides, only)
+        verdict = checking.check(documents, out_dir, running, overrides, only)
     else:
         text = config.read_bytes().decode()  # with the line ends that it has
-        text, verdict = checking.fix(text, out_dir, run_options, overrides, only)
+        text, verdict = checking.fix(text, out_dir, running, overrides, only)
         write = bool(verdict.changes) or not verdict.errors
         if write:
             write_text(fixed, text)
@@ -211,9 +244,16 @@ def _check(
 
 
 def _measure(
-    config: Path, out_dir: Path | None, options: dict[str, Any], ranks: Ranks | None = None
+    config: Path,
+    out_dir: Path | None,
+    options: dict[str, Any],
+    publish: tuple[str, bool, bool] | None,
+    ranks: Ranks | None = None,
 ) -> None:
-    """What the command does, in one process or in one of several."""
+    """What the command does, in one process or in one of several.
+
+    `publish` is the repository to commit to, whether by a pull request, and whether it is private.
+    """
     assert out_dir is not None
 
     from mergekit_obim.recipe import recipe_faults
@@ -237,9 +277,14 @@ def _measure(
     from mergekit_obim.calibration.ranks import Ranks
     from mergekit_obim.calibration.run import Prepared, measure, prepare_expert
     from mergekit_obim.dry_run import read_recipe
+    from mergekit_obim.saliency.file import PUBLISHED_NAME
+    from mergekit_obim.saliency.publish import check_login
+    from mergekit_obim.saliency.publish import publish as push
 
     ranks = ranks or Ranks()
-    run_options = _run_options(documents[0].content, options, ranks.local)
+    if publish:
+        ranks.local_first(partial(check_login, publish[0]))
+    running = run_options(documents[0].content, options, ranks.local)
     faults, merges = [], []
     for document, experts in zip(documents, found, strict=True):
         merge, wrong = read_recipe(document)
@@ -255,7 +300,7 @@ def _measure(
     # All are checked before the first is run: a fault in the last recipe entry shows at once.
     for document, merge, experts in zip(documents, merges, found, strict=True):
         assert merge is not None  # else there were errors
-        own = replace(run_options, merge_dtype=document.content.get("dtype"))
+        own = replace(running, merge_dtype=document.content.get("dtype"))
         base = ModelReference.model_validate(base_of(document)) if base_of(document) else None
         opened = ranks.local_first(partial(_inspected, merge, base, experts.measured, own, ranks))
         prepare = partial(
@@ -270,28 +315,54 @@ def _measure(
         for warning in checking.weight_warnings(prepared, base, opened) if ranks.first else ():
             click.echo(f"Warning: {warning}", err=True)
         jobs += [(one, own) for one in prepared]
+    files: dict[str, Path] = {}
     for number, (one, own) in enumerate(jobs, 1):
         measured = measure(one, own, ranks)
         if measured is None:
             continue  # the first process says it
+        # A single expert's where a recipe that names the repository as its model looks for it.
+        files[PUBLISHED_NAME if len(jobs) == 1 else measured.path.name] = measured.path
         for warning in measured.warnings:
             click.echo(f"Warning: {measured.model}: {warning}", err=True)
         if not own.quiet:
             click.echo(f"[{number}/{len(jobs)}] {_summary(measured)}")
+    if publish and files:
+        repo, create_pr, private = publish
+        address = push(files, repo, create_pr=create_pr, private=private or None)
+        click.echo(f"{repo}: {', '.join(files)} → {address}")
 
 
-def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
-    """What the command does with --combine."""
-    if output.exists() and (not overwrite or any(output.samefile(path) for path in paths)):
+# What stands where a recipe and a folder stand otherwise.
+_TAKES = {
+    "combine": "two or more files",
+    "from-imatrix": "an imatrix and its model",
+    "to-imatrix": "one saliency file",
+}
+
+
+def _convert(mode: str, files: list[Path], output: Path, options: dict[str, Any]) -> None:
+    """What the command does with --combine, --from-imatrix or --to-imatrix."""
+    overwrite = options["overwrite"]
+    if output.exists() and (
+        not overwrite or any(path.exists() and output.samefile(path) for path in files)
+    ):
         raise RecipeError(
             f"--output {output}: is there already: name another file"
             + ("" if overwrite else ", or give --overwrite")
         )
+    with told_as(RecipeError, f"{output}: cannot be written", OSError):
+        if mode == "combine":
+            _combine(files, output)
+        elif mode == "from-imatrix":
+            _from_imatrix(files[0], files[1], output, options)
+        else:
+            _to_imatrix(files[0], output)
 
+
+def _combine(paths: list[Path], output: Path) -> None:
     from mergekit_obim.saliency.combine import combine
 
-    with told_as(RecipeError, f"{output}: cannot be written", OSError):
-        file = combine(paths, output)
+    file = combine(paths, output)
     click.echo(
         f"{output}: {len(file.shapes)} tensors of "
         + ", ".join(
@@ -301,6 +372,40 @@ def _combine(paths: list[Path], output: Path, overwrite: bool) -> None:
     )
     if left := len(file.metadata.unscored):
         click.echo(f"Warning: {left} tensors are not in every file, and left unscored", err=True)
+
+
+_ACCESS = ("trust_remote_code", "transformers_cache", "lora_merge_cache")
+
+
+def _from_imatrix(path: Path, model: Path, output: Path, options: dict[str, Any]) -> None:
+    from mergekit.common import ModelReference
+    from mergekit.options import MergeOptions
+
+    from mergekit_obim.models.imatrix import imatrix_saliency
+    from mergekit_obim.models.opened import open_model
+    from mergekit_obim.saliency.file import write_saliency
+
+    access = MergeOptions(**{name: options[name] for name in _ACCESS})
+    opened = open_model(ModelReference.parse(str(model)), access)
+    file = imatrix_saliency(path, opened, access)
+    write_saliency(output, file.shapes, file.__getitem__, file.metadata)
+    click.echo(f"{output}: {len(file.shapes)} tensors of model {model}, from {path}")
+    if left := file.metadata.unscored:
+        click.echo(f"unscored, {len(left)} tensors that it lacks: {', '.join(left)}")
+    for warning in file.warnings():
+        click.echo(f"Warning: {warning}", err=True)
+
+
+def _to_imatrix(path: Path, output: Path) -> None:
+    from mergekit_obim.models.imatrix import write_saliency_as_imatrix
+    from mergekit_obim.saliency.file import SaliencyFile
+
+    file = SaliencyFile(path)
+    file.check_values()
+    left = write_saliency_as_imatrix(file, output)
+    click.echo(f"{output}: {len(file.shapes) - len(left)} tensors of model {file.metadata.model}")
+    if left:
+        click.echo(f"left out, as an imatrix does not hold them: {', '.join(left)}")
 
 
 def _inspected(
@@ -341,41 +446,6 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     names = ("samples", "max_length", "batch_size", "seed", "dtype", "sketch")
     overrides = {name: options.pop(name) for name in names}
     return {**overrides, "sketch": "full"} if options.pop("full_gram") else overrides
-
-
-def _run_options(recipe: Mapping[str, Any], options: dict[str, Any], number: int = 0) -> RunOptions:
-    """Where and how to run, of the options that are left; ``number`` as in :func:`_device`."""
-    from transformers.utils.logging import disable_progress_bar
-
-    from mergekit_obim.calibration.options import RunOptions
-
-    # transformers shows a bar of its own for every model it loads; accelerate warns that
-    # offloaded weights are offloaded.
-    disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
-    options["device"] = _device(options["device"], number)
-    options["max_memory"] = dict(options["max_memory"])
-    return RunOptions(merge_dtype=recipe.get("dtype"), **options)
-
-
-def _device(asked: str | None, number: int) -> str:
-    """The device to run on; without an index, the one with this process's number on its machine."""
-    import torch
-
-    device = asked
-    if device is None:
-        found = torch.accelerator.current_accelerator()
-        device = str(found) if found else "cpu"
-    if number and ":" not in device and device != "cpu":
-        device = f"{device}:{number % max(1, torch.accelerator.device_count())}"
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # torch raises several kinds
-        raise RecipeError(
-            f"--device {device}: torch cannot use it here ({one_line(error)}); leave "
-            "--device out to take what there is"
-        ) from error
-    return device
 
 
 def _summary(measured: Measured) -> str:

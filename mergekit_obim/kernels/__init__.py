@@ -10,6 +10,7 @@
 ``least_error``  mutually exclusive masks that minimise it
 ``regmean``      the mean that minimises it: RegMean with diagonal Gram matrices
 ``gram``, ``nystrom``, ``regmean_gram``  the same with more of the Gram matrices: sketches, or all
+``output_error`` what a layer's output loses, correlated inputs included
 ``tally``        what an assignment keeps of each expert, counted
 ``lengths``      how much shorter than task vectors their mean is
 ``kinship``      how alike task vectors are

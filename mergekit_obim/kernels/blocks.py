@@ -24,6 +24,8 @@ import torch
 CPU_BLOCK = 1 << 18
 # A GPU keeps nothing in a cache between launches; it wants few, large ones.
 DEVICE_BLOCK = 1 << 25
+# Of rows that are multiplied by a matrix: with fewer at a time, that would be most of what is read.
+_FEWEST_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,23 @@ def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) ->
             last = min(first + step, shape[axis])
             yield Block((*leading, slice(first, last)), start)
             start += (last - first) * row
+
+
+def row_blocks(matrix: torch.Tensor, times: int = 1) -> Iterator[slice]:
+    """Cut a matrix into blocks of whole rows, for what multiplies them by another matrix.
+
+    Args:
+        matrix: [rows, columns], of any strides.
+        times: How many times as many elements as usual a block is to have.
+
+    Yields:
+        Slices of rows that together cover each once.
+    """
+    rows, width = matrix.shape
+    limit = times * (CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK)
+    step = max(_FEWEST_ROWS, limit // max(width, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 class _Kept(threading.local):

@@ -28,13 +28,13 @@ Per element that is two multiplications by a matrix of as many columns as all th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels.blocks import CPU_BLOCK, DEVICE_BLOCK, scratch
+from mergekit_obim.kernels.blocks import row_blocks, scratch
 from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.nystrom import nystrom_factor
@@ -45,8 +45,6 @@ from mergekit_obim.kernels.scores import working_dtype
 _LEAST_REST = 1e-6
 # Up to so many input features the systems with full matrices are solved in float64.
 _FLOAT64_FEATURES = 1024
-# With fewer rows at a time, the V_k and C would be most of what is read.
-_FEWEST_ROWS = 32
 _TASK_VECTOR_COLUMNS = 32
 _FULL_BLOCK = 4  # blocks at once, where each is multiplied by a matrix of d × d
 
@@ -171,7 +169,7 @@ def merge_regmean_gram(
     columns = [v.to(device, dtype) for v in solution.columns]
     rows = solution.rows.to(device, dtype)
     ends = torch.tensor([0, *(v.shape[1] for v in columns)]).cumsum(0).tolist()
-    for part in _row_blocks(base):
+    for part in row_blocks(base):
         deltas, mean = _deltas_and_mean(part, base, experts, shares)
         projected = scratch("Q", len(mean) * len(rows), dtype, device).view(len(mean), len(rows))
         for k, (delta, v) in enumerate(zip(deltas, columns, strict=True)):
@@ -238,7 +236,7 @@ def _merge_full(
             continue
         off *= weight
         sums += off
-        for part in _row_blocks(base, _FULL_BLOCK):
+        for part in row_blocks(base, _FULL_BLOCK):
             deltas, mean = _deltas_and_mean(part, base, experts, shares)
             pulls[part].addmm_(deltas[k].sub_(mean), off)
         del off
@@ -248,7 +246,7 @@ def _merge_full(
     sums *= scaling
     shrink, lower = _decompose(sums, shrink)
     del sums
-    for part in _row_blocks(base, _FULL_BLOCK):
+    for part in row_blocks(base, _FULL_BLOCK):
         _, mean = _deltas_and_mean(part, base, experts, shares)
         pull = (pulls[part] * scaling).T
         mean.add_(torch.cholesky_solve(pull, lower).T.mul_(scaling), alpha=shrink)
@@ -284,15 +282,6 @@ def _decompose(off: torch.Tensor, shrink: float) -> tuple[float, torch.Tensor]:
         if not failed and float(lower.diagonal().min()) ** 2 >= rest / 2:
             return 1 - rest, lower
         rest *= 4
-
-
-def _row_blocks(matrix: torch.Tensor, times: int = 1) -> Iterator[slice]:
-    """Cut a matrix into blocks of whole rows."""
-    rows, width = matrix.shape
-    limit = times * (CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK)
-    step = max(_FEWEST_ROWS, limit // max(width, 1))
-    for start in range(0, rows, step):
-        yield slice(start, min(start + step, rows))
 
 
 def _deltas_and_mean(
@@ -357,7 +346,7 @@ def _task_vector_gram(base: torch.Tensor, expert: torch.Tensor, omega: torch.Ten
     omega = omega.to(ones)
     h = torch.zeros(base.shape[1], dtype=torch.float64, device=base.device)
     sketch = torch.zeros(omega.shape, dtype=torch.float64, device=base.device)
-    for part in _row_blocks(base):
+    for part in row_blocks(base):
         (delta,), _ = _deltas_and_mean(part, base, [expert], ones)
         sketch += delta.T @ (delta @ omega)
         h += delta.square().sum(0)

@@ -1,8 +1,10 @@
-"""What an assignment of positions keeps of each expert, counted and weighed, for reports.
+"""What a merge keeps of each expert, counted and weighed, for reports.
 
 The paper's objective (arXiv 2502.12217, equation 6) says what a layer loses: with the merged task
 vector δ_M, expert k's output error is predicted as Σ_ij h_kj (δ_M − δ_k)²_ij, which is Σ s_k where
-the base is left, and 0 where the expert's element is. All of this runs on a CPU.
+the base is left, and 0 where the expert's element is. That takes a layer's inputs for independent;
+where more is known of them, ``kernels.output_error`` has a better prediction. All of this runs on
+a CPU.
 """
 
 from __future__ import annotations
@@ -28,17 +30,23 @@ class Tally:
     Attributes:
         owned: How many positions each expert has, and last the base, [K + 1].
         saliency: Σ s_k of expert k (row) over the positions that each expert, and last the
-            base, has (column), [K, K + 1].
-        error: Σ h_k (δ_M − δ_k)² of each expert, [K].
+            base, has (column), [K, K + 1]. Where no position has an owner, all is in the last.
+        error: The output error that is predicted for each expert, [K]: Σ h_k (δ_M − δ_k)², or
+            what stands in its place.
+        correlated: What correlated inputs add to each expert's error at the base's weights, which
+            is Σ s_k without them, [K]; it may be negative.
         sums: Σ δ_k, [K].
         products: Σ δ_j δ_k, [K, K].
+        merged: Σ δ_M δ_k of each expert, and last Σ δ_M², [K + 1].
     """
 
     owned: np.ndarray
     saliency: np.ndarray
     error: np.ndarray
+    correlated: np.ndarray
     sums: np.ndarray
     products: np.ndarray
+    merged: np.ndarray
 
     @classmethod
     def zero(cls, experts: int) -> Tally:
@@ -52,17 +60,31 @@ class Tally:
             np.zeros((experts, experts + 1)),
             np.zeros(experts),
             np.zeros(experts),
+            np.zeros(experts),
             np.zeros((experts, experts)),
+            np.zeros(experts + 1),
         )
 
+    def at_base(self) -> np.ndarray:
+        """Return the output error that is predicted for each expert at the base's weights, [K]."""
+        at_base: np.ndarray = np.array([row.sum() for row in self.saliency]) + self.correlated
+        return at_base
 
-def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence[float]) -> Tally:
-    """Count and weigh one tensor's assignment.
+
+def tally(
+    candidates: Sequence[Candidate],
+    owner: torch.Tensor | None,
+    scales: Sequence[float],
+    merged_tensor: torch.Tensor | None = None,
+) -> Tally:
+    """Count and weigh what one tensor's merge keeps.
 
     Args:
         candidates: The K experts' tensors; their criterion says what h is, 1 if it has none.
         owner: uint8, of the tensors' shape: whose element a position takes, ``FREE`` for the base.
+            None if no position has an owner.
         scales: What each expert's δ is multiplied by where it is taken.
+        merged_tensor: θ_M, where there is no owner to tell it by.
     """
     # Within a block of 2¹⁸ positions sums are taken in the working dtype, which leaves about six
     # digits, more than a report shows; over blocks they are taken in float64.
@@ -81,7 +103,7 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
         delta, s, mask = (rows(f"tally {name}", len(candidates) + 1, size) for name in "dsm")
         spare, ones = rows("tally spare", 2, size)
         ones[...] = 1
-        owned = array(block.of(owner)).reshape(-1)
+        owned = np.array(FREE) if owner is None else array(block.of(owner)).reshape(-1)
         merged, squares = delta[-1], s[-1]  # δ_M and its square
         merged[...] = 0
         for k, candidate in enumerate(candidates):
@@ -92,6 +114,8 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
                 spare *= scales[k]
             merged += spare
         mask[-1] = owned == FREE
+        if merged_tensor is not None:
+            task_vector(block.of(merged_tensor), start, torch.from_numpy(merged))
         np.multiply(merged, merged, out=squares)
         columns = squares.reshape(shape).sum(0).reshape(-1)
         total.owned += [np.count_nonzero(row) for row in mask]
@@ -109,6 +133,7 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
             total.saliency[k] += by_owner
             total.sums[k] += float(delta[k] @ ones)
             total.products[k, : k + 1] += [float(delta[k] @ delta[other]) for other in range(k + 1)]
+            total.merged[k] += float(delta[k] @ merged)
             # Σ h (δ_M − δ)² = Σ h δ_M² − 2 Σ h δ δ_M + Σ s: products of what is at hand. δ_M² is
             # the same for all experts, so with one h for all rows its sum over them will do.
             error = by_owner.sum() - 2 * float(spare @ merged)
@@ -116,6 +141,7 @@ def tally(candidates: Sequence[Candidate], owner: torch.Tensor, scales: Sequence
                 total.error[k] += error + float(columns @ h[0].reshape(-1))
             else:
                 total.error[k] += error + float((squares.reshape(shape) * h).sum())
+        total.merged[-1] += float(merged @ merged)
     total.products += np.tril(total.products, -1).T
     # What should be 0 may be a little less, by rounding.
     np.maximum(total.error, 0, out=total.error)
@@ -181,5 +207,7 @@ def outcomes(
             free = ranked[k][owner[ranked[k]] == base]
             owner[free[: keep_count(densities[k], n)]] = k
         mask = (owner == np.arange(base + 1)[:, None]).astype(float)
-        error = (h * (taken[owner, here] - delta) ** 2).sum(1)
-        yield Tally(mask.sum(1), s @ mask.T, error, sums, products)
+        change = taken[owner, here]
+        error = (h * (change - delta) ** 2).sum(1)
+        merged = np.append(delta @ change, change @ change)
+        yield Tally(mask.sum(1), s @ mask.T, error, np.zeros(base), sums, products, merged)

@@ -6,6 +6,7 @@
 ``planning``        checking a merge while it is planned
 ``vocabulary``      the rows that tokenizer options move
 ``mergekit_hooks``  all use of mergekit's private parts
+``evolve_hooks``    the same for mergekit-evolve, whose ``genomes`` then know the methods
 ``base``            what all methods do to merge a tensor
 """
 
@@ -17,6 +18,7 @@ from mergekit import merge_methods
 from mergekit.merge_methods.base import MergeMethod
 
 from mergekit_obim.methods.consensus_ta import CONSENSUS_TA
+from mergekit_obim.methods.evolve_hooks import listen_to_evolve
 from mergekit_obim.methods.mergekit_hooks import listen
 from mergekit_obim.methods.obim import OBIM
 from mergekit_obim.methods.obm_sign import OBM_SIGN
@@ -51,3 +53,4 @@ def register() -> None:
                 method.spec.name,
             )
     listen([method.spec.name for method in METHODS])
+    listen_to_evolve()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -52,6 +54,27 @@ class _ReadBytes:
 _READ = _ReadBytes()
 
 
+# What was merged: a tensor, None where no expert takes part, or what a method has instead.
+Observer = Callable[[TensorGroup, Mapping[str, Any], Any], None]
+
+_OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """Report the outcome of every tensor's merge inside the context, and merge no model.
+
+    Args:
+        observer: Called for each tensor with its inputs, its parameters and what the method's
+            ``outcome`` is. The merged tensors have undefined values meanwhile.
+    """
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
 class ExpertMethod(HookedMethod):
     """A merge of the experts' differences from one base, tensor by tensor."""
 
@@ -81,9 +104,15 @@ class ExpertMethod(HookedMethod):
         # mergekit's Python API passes modules' parameters with their gradients; choosing
         # positions has none.
         entries = tuple(replace(entry, tensor=entry.tensor.detach()) for entry in group.entries)
+        group, observer = replace(group, entries=entries), _OBSERVER.get()
         try:
             with one_thread():
-                merged = self._merge(replace(group, entries=entries), **parameters)
+                if observer:
+                    observer(group, parameters, self.outcome(group, parameters))
+                    base = base_tensor(group)
+                    merged = base.new_empty(()).expand(base.shape)
+                else:
+                    merged = self._merge(group, **parameters)
         except UnscorableError as error:
             models = ", ".join(str(entry.id) for entry in group.non_base)
             raise UnscorableError(
@@ -92,6 +121,14 @@ class ExpertMethod(HookedMethod):
             ) from error
         _READ.add(sum(entry.tensor.nbytes for entry in entries))
         return merged
+
+    def outcome(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Any:
+        """Return what an observer is told of a tensor: by default the merged tensor."""
+        return self._merge(group, **parameters)
+
+    def criteria(self, group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
+        """Return what each expert's elements count by; None for one that takes no part."""
+        return comparable(criteria_of(group, parameters))
 
     def stretch_of(
         self, group: TensorGroup, parameters: Mapping[str, Any], experts: Collection[torch.Tensor]

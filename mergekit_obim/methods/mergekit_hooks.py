@@ -1,4 +1,6 @@
-"""All use of mergekit 0.1.5's private parts; nothing else in this package patches mergekit.
+"""All use of mergekit 0.1.5's private parts; but for mergekit-evolve, nothing else here patches it.
+
+``evolve_hooks`` is the other module of this kind.
 
 Two things are missing from mergekit's interface for merge methods:
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,26 +57,6 @@ class Assignment:
     scales: list[float]
     densities: list[float] | None
     order: Sequence[int]
-
-
-Observer = Callable[[TensorGroup, Mapping[str, Any], Assignment | None], None]
-
-_OBSERVER: ContextVar[Observer | None] = ContextVar("observer", default=None)
-
-
-@contextmanager
-def observing(observer: Observer) -> Iterator[None]:
-    """Report every assignment that ``obim`` makes inside the context, and merge nothing.
-
-    Args:
-        observer: Called for each tensor with its inputs, its parameters and the assignment; None
-            if no expert takes part. The merged tensors have undefined values meanwhile.
-    """
-    token = _OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
 
 
 class Obim(ExpertMethod):
@@ -158,12 +136,12 @@ class Obim(ExpertMethod):
         scales = [w * scale for w in values_of(group, parameters, "weight")]
         return Assignment(candidates, owner, scales, densities, order)
 
+    def outcome(self, group: TensorGroup, parameters: Mapping[str, Any]) -> Assignment | None:
+        """Return the assignment, from which what is merged follows."""
+        return self.assign(group, parameters)
+
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         base, assignment = base_tensor(group), self.assign(group, parameters)
-        observer = _OBSERVER.get()
-        if observer:
-            observer(group, parameters, assignment)
-            return base.new_empty(()).expand(base.shape)
         if assignment is None:
             return base.clone()
         experts = [candidate.expert for candidate in assignment.candidates]

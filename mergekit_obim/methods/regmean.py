@@ -38,6 +38,12 @@ class RegMean(RegMeanDiag):
         ranked = {"criterion": "magnitude"} if parameters["statistics"] == "none" else {}
         return {**own, **ranked}
 
+    def fallback(self, kind: str, parameters: Mapping[str, Any]) -> str:
+        """Return what becomes of a tensor without saliency, for a warning."""
+        if parameters["statistics"] == "none" and kind != "base":
+            return "merged without saliency files"
+        return super().fallback(kind, parameters)
+
     def note_statistics(
         self,
         inputs: Sequence[PlannedInput],

@@ -2,22 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import threading
 from collections.abc import Hashable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from mergekit.common import ModelPath, ModelReference
 from mergekit.merge_methods.base import TensorEntry
+from mergekit.options import MergeOptions
 
 from mergekit_obim.errors import SaliencyFileError
 from mergekit_obim.kernels.nystrom import nystrom_factor
 from mergekit_obim.kernels.regmean_gram import Gram, Layers, input_last
 from mergekit_obim.kernels.scores import GivenScores, Saliency
 from mergekit_obim.saliency.file import SaliencyFile
-from mergekit_obim.saliency.locate import locate, open_saliency
+from mergekit_obim.saliency.imatrix import SUFFIXES as IMATRIX_SUFFIXES
+from mergekit_obim.saliency.locate import locate, open_saliency, state_of
+
+LOG = logging.getLogger("mergekit_obim")
+_LOCK = threading.Lock()
 
 
 def stored_scores(
@@ -64,7 +72,11 @@ def saliency_of(model: Hashable, setting: str | None) -> SaliencyFile:
     """
     try:
         # The merge asks once for each tensor of each expert, and a look at the Hub takes a while.
-        return open_saliency(_locate(setting, str(model), os.getcwd()))
+        path = _locate(setting, str(model), os.getcwd())
+        if path.suffix not in IMATRIX_SUFFIXES:
+            return open_saliency(path)
+        with _LOCK:  # merge methods are called from several threads
+            return _imatrix_of(path, state_of(path), model)
     except SaliencyFileError as error:
         raise SaliencyFileError(f"model {model}: {error.message}") from error
 
@@ -76,6 +88,34 @@ def _locate(setting: str | None, model: str, working_directory: str) -> Path:
     tasks = sys.modules.get("mergekit.io.tasks")
     cache_dir = tasks.LoaderCache().hf_cache_dir if tasks else None
     return locate(setting, model, cache_dir=cache_dir)
+
+
+@lru_cache(maxsize=64)
+def _imatrix_of(path: Path, state: tuple[int, ...] | None, model: Hashable) -> SaliencyFile:
+    """Read an imatrix as an expert's saliency, with the warnings that go with it."""
+    from mergekit.io.tasks import LoaderCache
+
+    from mergekit_obim.models.imatrix import imatrix_saliency
+    from mergekit_obim.models.opened import open_model
+
+    if not isinstance(model, ModelReference):
+        raise SaliencyFileError(
+            f"{path}: an imatrix is only read for a model that is a folder or on the Hub: write a "
+            "saliency file of it with `obim-saliency --from-imatrix`"
+        )
+    cache = LoaderCache()
+    access = MergeOptions(
+        transformers_cache=cache.hf_cache_dir,
+        lora_merge_cache=cache.lora_cache_dir,
+        trust_remote_code=cache.trust_remote_code,
+    )
+    place = Path(model.model.path)
+    if place.is_file():  # one of mergekit-pytorch's, beside its configuration
+        model = ModelReference(model=ModelPath(path=str(place.parent)))
+    file = imatrix_saliency(path, open_model(model, access), access)
+    for warning in file.warnings():
+        LOG.warning(warning)
+    return file
 
 
 def check_shape(
@@ -178,3 +218,28 @@ def stored_layers(
         return stack(whole)
 
     return lambda index: Gram(diagonals[index], full=lambda: matrices()[index])
+
+
+def known_inputs(
+    model: Hashable, parameters: Mapping[str, Any], h: torch.Tensor, shape: torch.Size
+) -> tuple[int, Layers, str] | None:
+    """Return what an expert's saliency file knows of a weight's inputs beside h.
+
+    Args:
+        model: The expert's reference.
+        parameters: The task's planned parameters.
+        h: The weight's entry.
+        shape: The weight's.
+
+    Returns:
+        The axis of the weight's input features, what is known of each layer's inputs, and
+        whether that is a ``sketch`` of the Gram matrix or the ``gram`` matrix itself; None if it
+        is h alone.
+    """
+    file = saliency_of(model, parameters["saliency"][model])
+    name, gram = parameters["tensor_name"][model], file.metadata.gram
+    axis = input_axis(tuple(h.shape), tuple(shape))
+    if gram is None or name not in gram.inputs or axis is None:
+        return None
+    sketched = gram.columns != "full" and gram.columns < shape[axis]
+    return axis, stored_layers(file, name, h, shape, axis), "sketch" if sketched else "gram"

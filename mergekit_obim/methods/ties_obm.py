@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from mergekit.merge_methods.base import TensorGroup
 
+from mergekit_obim.kernels.scores import Criterion
 from mergekit_obim.kernels.ties import merge_ties
-from mergekit_obim.methods.base import ExpertMethod, candidates_of, values_of
+from mergekit_obim.methods.base import ExpertMethod, candidates_of, criteria_of, values_of
 from mergekit_obim.methods.parameters import (
     DENSITY,
     LAMBDA,
@@ -22,6 +24,10 @@ from mergekit_obim.methods.parameters import (
 
 class TiesObm(ExpertMethod):
     """Merges as TIES does, with its trimming ranked by saliency."""
+
+    def criteria(self, group: TensorGroup, parameters: Mapping[str, Any]) -> list[Criterion | None]:
+        """Return what ranks each expert's elements: only with each other, so one by one."""
+        return criteria_of(group, parameters)
 
     def _merge(self, group: TensorGroup, **parameters: Any) -> torch.Tensor:
         candidates, densities = candidates_of(group, parameters)

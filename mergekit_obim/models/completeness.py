@@ -50,14 +50,14 @@ def completeness(
     Yields:
         An error that names the missing tensors, or a warning that names the dropped ones.
     """
-    traced = _traced(model, access)
-    if traced and (missing := missing_tensors(traced[0], model, traced[1])):
+    found = traced(model, access)
+    if found and (missing := missing_tensors(found[0], model, found[1])):
         yield model_fault("error", f"model {model.label}: {missing}")
-    elif missing := _missing_in_plan(model, traced):
-        severe = merging or not traced
+    elif missing := _missing_in_plan(model, found):
+        severe = merging or not found
         yield model_fault("error" if severe else "warning", f"model {model.label}: {missing}")
     elif is_base:
-        yield from _dropped(model, traced)
+        yield from _dropped(model, found)
 
 
 # Tracing the tensors of a large mixture takes a second, and the models of a recipe mostly have the
@@ -66,7 +66,7 @@ Traced = tuple[PreTrainedModel, Sources]
 _TRACED: dict[tuple[str, tuple[str, ...]], Traced] = {}
 
 
-def _traced(model: OpenModel, access: Access) -> Traced | None:
+def traced(model: OpenModel, access: Access) -> Traced | None:
     """Build a model on the meta device, and trace its stored tensors; None if it cannot be built.
 
     Its parameters are tied as its configuration says.

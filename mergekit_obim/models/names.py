@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ from transformers.core_model_loading import (
 # that were concatenated along it: 2 for gate and up, 3 for q, k and v. 12 serves both.
 _STAND_IN = 12
 # The number of an expert in a stored name: `mlp.experts.3.gate_proj.weight`.
-_EXPERT = re.compile(r"(?<=experts\.)\d+(?=\.)")
+EXPERT_NUMBER = re.compile(r"(?<=experts\.)\d+(?=\.)")
 
 
 def weight_names(model: PreTrainedModel, sources: Sources) -> dict[str, tuple[str, ...]]:
@@ -108,6 +108,29 @@ def stored_parts(
     return parts if elements == weight.numel() else {}
 
 
+def under_all_names(
+    model: PreTrainedModel,
+    parameter: str,
+    h: Tensor,
+    names: Sequence[str],
+    shapes: Callable[[str], torch.Size | None],
+) -> dict[str, Tensor]:
+    """Return a parameter's h by every name that a merge may ask for it by.
+
+    Args:
+        model: The model, loaded from the checkpoint.
+        parameter: The parameter's name.
+        h: Its h, of a shape that broadcasts against it.
+        names: What :func:`weight_names` has for it.
+        shapes: Gives the shape of a tensor that the checkpoint stores, None if it does not.
+    """
+    found = dict.fromkeys(names, h)
+    # Loading fused, split or transposed what the checkpoint stores, and a merge reads that.
+    if all(shapes(name) is None for name in names):
+        found |= stored_parts(model, parameter, h, shapes)
+    return found
+
+
 @dataclass(frozen=True)
 class Conversion:
     """Stored tensors that loading fuses, splits or transposes into parameters.
@@ -135,7 +158,9 @@ class Conversion:
             if not names:
                 missing.append(pattern)
             elif "*" in pattern:
-                wanted = [_EXPERT.sub(str(number), names[0], count=1) for number in range(count)]
+                wanted = [
+                    EXPERT_NUMBER.sub(str(number), names[0], count=1) for number in range(count)
+                ]
                 missing += [name for name in wanted if name not in names]
         return missing
 

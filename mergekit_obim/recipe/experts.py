@@ -49,11 +49,13 @@ class Experts:
         measured: The experts with a calibration, in the recipe's order.
         faults: What is wrong with calibration keys, options and the selection of experts.
         uncalibrated: Expert -> the fault that it has no calibration data.
+        guard: The rows on which a merged model should stay as the base is, for ``obim-tune``.
     """
 
     measured: list[Expert]
     faults: list[Fault]
     uncalibrated: dict[str, Fault]
+    guard: Calibration | None = None
 
 
 def find_experts(
@@ -166,7 +168,25 @@ def _read_experts(
             faults.append(_two_calibrations(document, calibrated[1]))
         if calibrations:
             measured.append(Expert(model, calibrations[0], parts[0].content["model"]))
-    return Experts(measured, faults, uncalibrated)
+    guard = None
+    if document.content.get("guard") is not None:
+        guard, wrong = _read_guard(document, {} if wrong_defaults else defaults, options)
+        faults += wrong
+    return Experts(measured, faults, uncalibrated, guard)
+
+
+def _read_guard(
+    document: Document, defaults: Mapping[str, Any], options: Mapping[str, Any]
+) -> tuple[Calibration | None, list[Fault]]:
+    """Read the calibration under ``guard``; the recipe's default one holds but for the data."""
+    raw = document.content["guard"]
+    own, wrong = _read(document, (), raw, "", "guard")
+    whole = laid_over(defaults, own) if "data" in own else own
+    if not wrong:
+        wrong = list(_faults(document, (), raw, whole, "", "guard"))
+    if wrong:
+        return None, wrong
+    return Calibration.model_validate(overridden(whole, options)), []
 
 
 def _unused(document: Document) -> Iterator[Fault]:
@@ -192,22 +212,27 @@ def _two_calibrations(document: Document, part: Part) -> Fault:
 
 
 def _read(
-    document: Document, path: Path, raw: object, label: str
+    document: Document, path: Path, raw: object, label: str, key: str = "calibration"
 ) -> tuple[dict[str, Any], list[Fault]]:
     """A calibration in its long form, and what is wrong with it but for data that it lacks."""
     try:
         own = long_form(raw)
     except ValueError as error:
-        place = document.place(*path, "calibration")
-        return {}, [Fault("calibration", f"{label}calibration: {error}", place)]
-    return own, list(_faults(document, path, raw, {**_ANY_DATA, **own}, label))
+        place = document.place(*path, key)
+        return {}, [Fault("calibration", f"{label}{key}: {error}", place)]
+    return own, list(_faults(document, path, raw, {**_ANY_DATA, **own}, label, key))
 
 
 def _faults(
-    document: Document, path: Path, raw: object, whole: Mapping[str, Any], label: str
+    document: Document,
+    path: Path,
+    raw: object,
+    whole: Mapping[str, Any],
+    label: str,
+    key: str = "calibration",
 ) -> Iterator[Fault]:
-    place = partial(_place, document, (*path, "calibration"), raw)
-    yield from calibration_faults(whole, f"{label}calibration: ", place)
+    place = partial(_place, document, (*path, key), raw)
+    yield from calibration_faults(whole, f"{label}{key}: ", place)
 
 
 def _place(document: Document, path: Path, raw: Any, inside: Path) -> Place:

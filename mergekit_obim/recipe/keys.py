@@ -50,7 +50,7 @@ SECTIONS = {
             *("modules", "slices", "models", "merge_method", "base_model", "dtype"),
             *("tokenizer_source", "tokenizer", "chat_template", "out_dtype", "parameters"),
         ),
-        ours=("calibration", "name"),  # `name` is mergekit-multi's, of each document
+        ours=("calibration", "guard", "name"),  # `name` is mergekit-multi's, of each document
         below=(*_INPUTS, ("modules", "named", "module"), ("tokenizer", "one", "tokenizer")),
     ),
     "module": Section(("slices", "models", "parameters"), below=_INPUTS),

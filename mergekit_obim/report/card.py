@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,19 @@ from mergekit_obim import __version__
 from mergekit_obim.dry_run import plan
 from mergekit_obim.errors import RecipeError, told_as
 from mergekit_obim.methods.planning import PlannedMethod
+from mergekit_obim.methods.regmean import SHRINK
 from mergekit_obim.report.gather import (
     Account,
     calibration_of,
     gather,
     planned_experts,
+    reported,
     stretches_of,
 )
+from mergekit_obim.report.summary import summarize
 from mergekit_obim.saliency.file import write_text
+from mergekit_obim.saliency.publish import added
+from mergekit_obim.saliency.publish import hub_data_sets as measured_data
 
 BEGIN, END = "<!-- mergekit-obim: begin -->", "<!-- mergekit-obim: end -->"
 
@@ -42,7 +47,8 @@ def write_section(
         config: The recipe that the model was made from.
         source: The recipe's text, for a card that has to be made first.
         options: mergekit's options, which say how models are read.
-        shares: Whether to count each expert's weights, which takes about as long as the merge.
+        shares: Whether to count each expert's weights, or to predict its error where no weight
+            has a single owner; takes about as long as the merge.
 
     Returns:
         The card's path.
@@ -64,18 +70,11 @@ def write_section(
     after = rest.partition(END)[2].lstrip() if begin else ""
     card.text = f"{before.rstrip()}\n\n{BEGIN}\n{section}\n{END}\n" + (after and f"\n{after}")
     data = card.data
-    data.tags = _with(data.tags, ["mergekit", "merge", config.merge_method])
-    data.base_model = _with(data.base_model, hub_models(config))
-    data.datasets = _with(data.datasets, hub_data_sets(calibration))
+    data.tags = added(data.tags, ["mergekit", "merge", config.merge_method])
+    data.base_model = added(data.base_model, hub_models(config))
+    data.datasets = added(data.datasets, hub_data_sets(calibration))
     write_text(path, str(card))
     return path
-
-
-def _with(there: str | list[str] | None, names: Iterable[str]) -> str | list[str] | None:
-    """Return what a metadata field holds, with the names added to it that it lacks."""
-    found = [there] if isinstance(there, str) else there or []
-    new = [name for name in dict.fromkeys(names) if name not in found]
-    return [*found, *new] if new else there
 
 
 def hub_models(config: MergeConfiguration) -> list[str]:
@@ -87,9 +86,7 @@ def hub_models(config: MergeConfiguration) -> list[str]:
 
 def hub_data_sets(calibration: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names of the data sets on the Hub that saliency files were measured on."""
-    sources = [s for file in calibration.values() for s in file["calibration"].get("sources", [])]
-    # Data that is read from a file has no split.
-    return [s["data"] for s in sources if s.get("split") and _is_hub_name(s["data"])]
+    return [name for file in calibration.values() for name in measured_data(file["calibration"])]
 
 
 def _is_hub_name(name: str) -> bool:
@@ -109,7 +106,7 @@ def _section(
             "to add to the card"
         )
     account = None
-    if shares and config.merge_method == "obim":
+    if shares and config.merge_method in reported():
         account = gather(config, options, merged=folder, curve=False)
         if account.differing:
             first, more = account.differing[0], len(account.differing) - 1
@@ -127,7 +124,7 @@ def _section(
         "## How the experts were merged",
         "",
         f"Merged with {method_md(config.merge_method)}, by mergekit-obim {__version__}"
-        + _settings(config.parameters or {}),
+        + _settings(config),
         *(f"Measured for this merge: {one}." for one in stretch),
         "",
         *_table(experts, calibration, account),
@@ -136,7 +133,13 @@ def _section(
     return "\n".join(lines), calibration
 
 
-def _settings(parameters: Mapping[str, Any]) -> str:
+def _settings(config: MergeConfiguration) -> str:
+    parameters = dict(config.parameters or {})
+    if config.merge_method == "regmean":
+        # What it says of a merge depends on these, so a card has them where a recipe has not.
+        parameters = {"statistics": "measured", "stretch": 1.0, **parameters}
+        if isinstance(parameters["statistics"], str):  # and not a list of filters
+            parameters.setdefault("shrink", SHRINK[parameters["statistics"]])
     told = [f"`{name}: {value}`" for name, value in parameters.items() if name != "saliency"]
     return (", with " + ", ".join(told) if told else "") + "."
 
@@ -144,17 +147,38 @@ def _settings(parameters: Mapping[str, Any]) -> str:
 def _table(
     experts: Sequence[str], calibration: Mapping[str, Mapping[str, Any]], account: Account | None
 ) -> list[str]:
-    files = [calibration.get(expert) for expert in experts]
-    models = [maybe_link_hf(expert) if _is_hub_name(expert) else expert for expert in experts]
-    columns = {"Model": models}
-    if account:
+    columns: dict[str, list[str]] = {"Model": [_linked(expert) for expert in experts]}
+    if account and account.owners:
         owned = account.total().owned
-        models.append("the base")
-        columns["Share of the weights"] = [f"{share:.2%}" for share in owned / owned.sum()]
+        columns["Model"].append("the base")
+        columns["Share of the weights"] = [f"{count / owned.sum():.2%}" for count in owned]
+    elif account:
+        found = summarize(account)
+        columns["Predicted error"] = [
+            "" if one["error"] is None else f"{one['error']:.1%} (by {word})"
+            for one, word in zip(found["experts_total"], found["error_from"], strict=True)
+        ]
+    files = [calibration.get(expert) for expert in experts]
     columns["Saliency measured on"] = [measured_on(file, "`") for file in files]
-    columns["Saliency file"] = [f"`{Path(f['file']).name}`" if f else "none" for f in files]
+    columns["Saliency file"] = [_file(file) for file in files]
     rows = zip_longest(*columns.values(), fillvalue="")
-    return [f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows)]
+    return [f"| {' | '.join(row)} |" for row in [[*columns], ["---"] * len(columns), *rows]]
+
+
+def _linked(expert: str) -> str:
+    return str(maybe_link_hf(expert)) if _is_hub_name(expert) else expert
+
+
+def _file(file: Mapping[str, Any] | None) -> str:
+    """Return the name of a saliency file, and what it has beside h."""
+    if file is None:
+        return "none"
+    known = {None: "", "full": ", Gram matrices"}
+    more = known.get(file["gram"], f", sketches of {file['gram']} columns")
+    return f"`{Path(file['file']).name}`{more}"
+
+
+_COUNTS = {"samples": "rows", "tokens": "tokens"}
 
 
 def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
@@ -170,19 +194,22 @@ def measured_on(file: Mapping[str, Any] | None, quote: str = "") -> str:
     if not record.get("sources"):
         return "not recorded in the file"
     sources = ", ".join(f"{quote}{s.get('data', '?')}{quote}" for s in record["sources"])
-    return f"{sources}: {record.get('samples', 0):,} rows, {record.get('tokens', 0):,} tokens"
+    counts = [f"{record[key]:,} {what}" for key, what in _COUNTS.items() if key in record]
+    return f"{sources}: {', '.join(counts)}" if counts else sources
 
 
 def _notes(account: Account) -> list[str]:
-    """Return a line for each other way in which tensors were ranked, and how many they are."""
+    """Return a line for each other treatment of tensors, and how many they are."""
     counts = Counter(
-        kind or "nothing"
-        for tensor in account.tensors
-        for kind in dict.fromkeys(tensor.ranked)
-        if kind != "saliency"
+        how for tensor in account.tensors for how in dict.fromkeys(tensor.treatments) if how
     )
     lines = []
-    for kind, count in counts.items():
-        how = "left at the base's values" if kind == "nothing" else f"ranked by {kind}"
+    if not account.owners:
+        lines = [
+            "",
+            "Errors are those of the layers' outputs on the expert's calibration data: 0% is the "
+            "expert itself, 100% the base.",
+        ]
+    for how, count in counts.items():
         lines += ["", f"Without saliency, {count} tensors were {how}, for one or more experts."]
     return lines

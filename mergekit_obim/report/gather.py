@@ -1,7 +1,7 @@
-"""What each expert contributes to an ``obim`` merge, counted without merging.
+"""What each expert contributes to a merge, counted without merging.
 
 Tensors are read one by one, as the merge reads them, and the merge's own code assigns their
-positions; only the writing of a merged model is left out.
+positions, or merges them; only the writing of a merged model is left out.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mergekit import merge_methods
 from mergekit.common import ModelReference
 from mergekit.config import MergeConfiguration
 from mergekit.graph import Executor
@@ -26,11 +27,13 @@ from mergekit_obim.errors import RecipeError
 from mergekit_obim.kernels.blocks import Positions
 from mergekit_obim.kernels.kinship import Moments
 from mergekit_obim.kernels.merging import merge_owned
+from mergekit_obim.kernels.output_error import output_errors
 from mergekit_obim.kernels.scores import Candidate, Criterion, GivenScores, Saliency
 from mergekit_obim.kernels.selection import FREE
 from mergekit_obim.kernels.tally import Tally, claim_counts, outcomes, tally
-from mergekit_obim.methods.obim import Assignment, observing
-from mergekit_obim.methods.saliency import saliency_of
+from mergekit_obim.methods.base import ExpertMethod, observing
+from mergekit_obim.methods.obim import Assignment
+from mergekit_obim.methods.saliency import known_inputs, saliency_of
 from mergekit_obim.models.layers import block_of, rotate
 from mergekit_obim.models.task_vectors import Cosines, MeasuredStretch
 from mergekit_obim.saliency.fingerprint import sample, sample_positions
@@ -55,11 +58,15 @@ class TensorTally:
         elements: The number of positions.
         ranked: For each expert what ranked its positions: ``saliency``, ``magnitude`` or
             ``random``; None if it took no part.
+        error_from: For each expert what its predicted error follows from: the ``gram`` matrix of
+            the layer's inputs, a ``sketch`` of it, its ``diagonal`` h, or, for an ``unscored``
+            weight, h = 1; None if it took no part.
         reasons: For each expert that was not ranked by saliency, why; None for the others.
+        treatments: What became of it instead.
         tally: Counts and sums over the positions, 0 for an expert that took no part.
         contested: How many positions that two or more experts wanted each expert got, and last
             the base, [K + 1]. An estimate if the tensor has more than 2,048 positions. None if
-            the assignment has no densities, or if it was not asked for.
+            there is no assignment, or it has no densities, or if it was not asked for.
     """
 
     name: str
@@ -68,7 +75,9 @@ class TensorTally:
     kind: str
     elements: int
     ranked: list[str | None]
+    error_from: list[str | None]
     reasons: list[str | None]
+    treatments: list[str | None]
     tally: Tally
     contested: list[float] | None
 
@@ -100,6 +109,11 @@ class Account:
     calibration: dict[str, dict[str, Any]] = field(default_factory=dict)
     stretch: list[MeasuredStretch] = field(default_factory=list)
     differing: list[str] = field(default_factory=list)
+
+    @property
+    def owners(self) -> bool:
+        """Whether each weight has one owner: in ``obim`` alone."""
+        return self.config.merge_method == "obim"
 
     def total(self) -> Tally:
         """Return the tally over all tensors."""
@@ -137,7 +151,7 @@ def gather(
     """Go through a merge without merging.
 
     Args:
-        config: A recipe for ``obim``.
+        config: A recipe for a method of ours that reads saliency files.
         options: mergekit's options; nothing is written.
         merged: The folder of a merged model, to be compared with what the recipe makes.
         curve: Whether to try other orders and densities, and to count what is contested.
@@ -145,10 +159,11 @@ def gather(
     Raises:
         ObimError: The recipe is for another method, or it cannot be merged.
     """
-    if config.merge_method != "obim":
+    method = merge_methods.get(config.merge_method)
+    if not isinstance(method, ExpertMethod) or not method.reads_saliency:
         raise RecipeError(
-            f"merge_method: {config.merge_method} has no report: only obim gives each weight one "
-            "owner"
+            f"merge_method: {config.merge_method} has no report: it reads no saliency files, from "
+            f"which errors are predicted; {', '.join(reported())} do"
         )
     planned = plan(config, options)
     experts = planned_experts(planned)
@@ -160,15 +175,17 @@ def gather(
     )
     weights = _merged_weights(merged) if merged else None
 
-    def observe(
-        group: TensorGroup, parameters: Mapping[str, Any], assignment: Assignment | None
-    ) -> None:
+    def observe(group: TensorGroup, parameters: Mapping[str, Any], outcome: Any) -> None:
+        assignment = outcome if isinstance(outcome, Assignment) else None
         sampled: list[Candidate] = []
         if curve and assignment:
             shape = assignment.owner.shape
             sampled = [_sampled(candidate, shape) for candidate in assignment.candidates]
-        account.tensors.append(_tensor_tally(group, parameters, assignment, sampled, experts))
-        if weights is not None and not _agrees(group, assignment, weights):
+        made = _made(method, group, parameters, outcome)
+        account.tensors.append(
+            _tensor_tally(method, group, parameters, made, assignment, sampled, experts)
+        )
+        if weights is not None and not _agrees(group, made, weights):
             account.differing.append(group.metadata.name or "")
         if assignment and assignment.densities and len(assignment.candidates) == len(experts):
             account.densities = account.densities or list(assignment.densities)
@@ -186,6 +203,60 @@ def gather(
     return account
 
 
+@dataclass(frozen=True)
+class _Made:
+    """How a tensor was merged.
+
+    Attributes:
+        base: θ_B.
+        candidates: The experts that take part, and what their elements count by.
+        scales: What each one's δ is multiplied by where it is taken.
+        owner: Whose each position is; None in a method without owners.
+        tensor: θ_M, in a method without owners.
+    """
+
+    base: torch.Tensor
+    candidates: Sequence[Candidate]
+    scales: Sequence[float]
+    owner: torch.Tensor | None = None
+    tensor: torch.Tensor | None = None
+
+    def merged(self, part: Positions | None = None) -> torch.Tensor:
+        """Return the merged tensor, or some elements of it."""
+
+        def of(tensor: torch.Tensor) -> torch.Tensor:
+            return part.of(tensor) if part else tensor
+
+        if self.owner is None:
+            return of(self.base if self.tensor is None else self.tensor)
+        experts = [of(candidate.expert) for candidate in self.candidates]
+        return merge_owned(of(self.base), experts, of(self.owner), self.scales)
+
+
+def _made(
+    method: ExpertMethod, group: TensorGroup, parameters: Mapping[str, Any], outcome: Any
+) -> _Made:
+    assert group.base is not None
+    base = group.base.tensor
+    if isinstance(outcome, Assignment):
+        return _Made(base, outcome.candidates, outcome.scales, owner=outcome.owner)
+    if outcome is None:
+        return _Made(base, (), ())
+    criteria = method.criteria(group, parameters)
+    candidates = [
+        Candidate(entry.tensor, base, criterion)
+        for entry, criterion in zip(group.non_base, criteria, strict=True)
+        if criterion
+    ]
+    return _Made(base, candidates, [1.0] * len(candidates), tensor=outcome)
+
+
+def reported() -> list[str]:
+    """Return the names of the merge methods that have a report."""
+    methods = merge_methods.registered_methods()
+    return [m.spec.name for m in methods if isinstance(m, ExpertMethod) and m.reads_saliency]
+
+
 def planned_experts(planned: Sequence[tuple[Any, Any]]) -> list[ModelReference]:
     """Return the experts of a planned merge, in the recipe's order, each once."""
     experts: dict[ModelReference, None] = {}
@@ -195,55 +266,91 @@ def planned_experts(planned: Sequence[tuple[Any, Any]]) -> list[ModelReference]:
 
 
 def _tensor_tally(
+    method: ExpertMethod,
     group: TensorGroup,
     parameters: Mapping[str, Any],
+    made: _Made,
     assignment: Assignment | None,
     sampled: Sequence[Candidate],
     experts: Sequence[ModelReference],
 ) -> TensorTally:
-    name, base = group.metadata.name or "", group.base
-    assert base is not None
+    name, elements = group.metadata.name or "", made.base.numel()
     block = block_of(name)
     layer = parameters["layer"] or 0
     before = "after" if layer else "before"
     total = Tally.zero(len(experts))
     ranked: list[str | None] = [None] * len(experts)
+    error_from: list[str | None] = [None] * len(experts)
     contested = None
-    if assignment is None:
-        total.owned[-1] = base.tensor.numel()
+    if not made.candidates:
+        total.owned[-1] = elements
     else:
         # The candidates are the experts that take part; these are their rows in the tallies.
         rows = [
             next(experts.index(e.id) for e in group.non_base if e.tensor is candidate.expert)
-            for candidate in assignment.candidates
+            for candidate in made.candidates
         ]
-        found = tally(assignment.candidates, assignment.owner, assignment.scales)
+        found = tally(made.candidates, made.owner, made.scales, made.tensor)
         columns = [*rows, len(experts)]
-        total.owned[columns] = found.owned
+        total.owned[columns], total.merged[columns] = found.owned, found.merged
         total.saliency[np.ix_(rows, columns)] = found.saliency
         total.error[rows], total.sums[rows] = found.error, found.sums
         total.products[np.ix_(rows, rows)] = found.products
-        for row, candidate in zip(rows, assignment.candidates, strict=True):
+        for row, candidate in zip(rows, made.candidates, strict=True):
             ranked[row] = _ranked_by(candidate.criterion)
-        if assignment.densities is not None and sampled:
-            part = Positions(_spread(base.tensor.numel()))
+            error_from[row] = "diagonal" if ranked[row] == "saliency" else "unscored"
+        for row, word in _correlate(total, rows, made, experts, parameters).items():
+            error_from[row] = word
+        if assignment and assignment.densities is not None and sampled:
+            part = Positions(_spread(elements))
             owner = part.of(assignment.owner).numpy()
             wanted_twice = claim_counts(sampled, assignment.densities) > 1
             contested = [0.0] * (len(experts) + 1)
             for label, column in zip([*range(len(rows)), FREE], columns, strict=True):
                 share = np.count_nonzero(wanted_twice & (owner == label)) / max(1, len(owner))
-                contested[column] = share * base.tensor.numel()
+                contested[column] = share * elements
     return TensorTally(
         name,
         layer,
         f"{block[0]}.{block[1]}" if block else before,
         kind_of(name),
-        base.tensor.numel(),
+        elements,
         ranked,
+        error_from,
         [_reason(e, parameters, kind) for e, kind in zip(experts, ranked, strict=True)],
+        [None if k == "saliency" else method.fallback(k or "base", parameters) for k in ranked],
         total,
         contested,
     )
+
+
+def _correlate(
+    total: Tally,
+    rows: Sequence[int],
+    made: _Made,
+    experts: Sequence[ModelReference],
+    parameters: Mapping[str, Any],
+) -> dict[int, str]:
+    """Put better predictions into a tally, for the experts whose files know more than h.
+
+    Returns:
+        By the expert's row, what the prediction follows from.
+    """
+    words: dict[int, str] = {}
+    merged: torch.Tensor | None = None
+    for row, candidate in zip(rows, made.candidates, strict=True):
+        if not isinstance(candidate.criterion, Saliency):
+            continue
+        h, shape = candidate.criterion.h, made.base.shape
+        known = known_inputs(experts[row], parameters, h, shape)
+        if known is None:
+            continue
+        axis, layers, words[row] = known
+        merged = made.merged() if merged is None else merged
+        here, at_base = output_errors(candidate.expert, [merged, made.base], axis, layers)
+        total.error[row] = here
+        total.correlated[row] = at_base - total.saliency[row].sum()
+    return words
 
 
 def _reason(
@@ -340,18 +447,12 @@ def _merged_weights(folder: Path) -> LazyTensorLoader:
         ) from error
 
 
-def _agrees(group: TensorGroup, assignment: Assignment | None, merged: LazyTensorLoader) -> bool:
-    """Return whether the merged tensor is what the assignment makes, in a sample of its values."""
-    assert group.base is not None
+def _agrees(group: TensorGroup, made: _Made, merged: LazyTensorLoader) -> bool:
+    """Return whether the merged tensor is what the recipe makes, in a sample of its values."""
     there = merged.get_tensor(group.metadata.name or "", raise_on_missing=False)
-    base = group.base.tensor
-    if there is None or there.shape != base.shape:
+    if there is None or there.shape != made.base.shape:
         return False
-    part = Positions(sample_positions(base.numel()))
-    expected = part.of(base)
-    if assignment is not None:
-        experts = [part.of(candidate.expert) for candidate in assignment.candidates]
-        expected = merge_owned(expected, experts, part.of(assignment.owner), assignment.scales)
+    expected = made.merged(Positions(sample_positions(made.base.numel())))
     return torch.equal(sample(there), expected.to(there.dtype))
 
 
@@ -372,6 +473,7 @@ def calibration_of(planned: Sequence[tuple[Any, Any]]) -> dict[str, dict[str, An
                     "revision": metadata.revision,
                     "calibration": metadata.calibration,
                     "unscored": metadata.unscored,
+                    "gram": metadata.gram.columns if metadata.gram else None,
                     "mergekit_obim_version": metadata.mergekit_obim_version,
                 }
     return found

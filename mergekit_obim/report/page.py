@@ -33,6 +33,7 @@ def render(report: dict[str, Any]) -> str:
         names=names,
         owners=[*names, "the base"],
         overview=_overview(report, names),
+        correlated=any(word in ("sketch", "gram") for word in report["error_from"]),
         stretch=[str(MeasuredStretch(**one)) for one in report["stretch"]],
         ownership=_ownership(report, names),
         contested=_contested(report, names),
@@ -61,16 +62,33 @@ def short_names(experts: Sequence[str]) -> list[str]:
 
 
 def _overview(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
-    columns = {"weights": [owned / report["elements"] for owned in report["owned"]]}
+    total, merged = report["experts_total"], report["merged"]
+    columns: dict[str, list[Any]] = {}
     if report["densities"]:
-        columns = {"density": [*report["densities"], None], **columns}
-    for key in ("kept", "overwritten", "dropped", "error"):
-        columns[key] = [*(expert[key] for expert in report["experts_total"]), None]
-    rows = zip([*names, "the base"], zip(*columns.values(), strict=True), strict=True)
-    return {"head": ["expert", *columns], "rows": list(rows)}
+        columns["density"] = [*report["densities"], None]
+    if report["owned"]:
+        columns["weights"] = [owned / report["elements"] for owned in report["owned"]]
+        for key in ("kept", "overwritten", "dropped"):
+            columns[key] = [*(expert[key] for expert in total), None]
+    else:
+        columns |= {
+            "cosine": [_decimal(one["cosine"]) for one in merged],
+            "length": [one["length"] for one in merged],
+        }
+    columns["error"] = [*(expert["error"] for expert in total), None]
+    columns["error from"] = [*report["error_from"], None]
+    owners = [*names, "the base"] if report["owned"] else names
+    rows = [(owner, [column[k] for column in columns.values()]) for k, owner in enumerate(owners)]
+    return {"head": ["expert", *columns], "rows": rows}
 
 
-def _ownership(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
+def _decimal(value: float | None) -> str:
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}"  # no −0.00
+
+
+def _ownership(report: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+    if report["owned"] is None:
+        return None
     places = _unique(cell["place"] for cell in report["cells"])
     kinds = _unique(cell["kind"] for cell in report["cells"])
     grids = np.full((len(names), len(kinds), len(places)), np.nan)
@@ -118,18 +136,23 @@ def _contested(report: dict[str, Any], names: list[str]) -> dict[str, Any] | Non
 
 def _errors(report: dict[str, Any], names: list[str]) -> Iterator[dict[str, Any]]:
     for k, name in enumerate(names):
-        layers = [layer for layer in report["layers"] if layer["experts"][k]["kept"] is not None]
+        layers = [layer for layer in report["layers"] if layer["experts"][k]["error"] is not None]
         if not layers:
             continue
         places = [layer["place"] for layer in layers]
         values = {
             key: [layer["experts"][k][key] for layer in layers]
             for key in ("kept", "overwritten", "dropped", "error")
+            if report["owned"] or key == "error"
         }
         parts = [
-            ("kept", figures.COLOURS[0], values["kept"]),
-            ("overwritten by others", figures.COLOURS[1], values["overwritten"]),
-            ("dropped to the base", figures.GREY, values["dropped"]),
+            (label, colour, values[key])
+            for label, colour, key in (
+                ("kept", figures.COLOURS[0], "kept"),
+                ("overwritten by others", figures.COLOURS[1], "overwritten"),
+                ("dropped to the base", figures.GREY, "dropped"),
+            )
+            if key in values
         ]
         worst = int(np.argmax(values["error"]))
         line = ("predicted error", values["error"])
@@ -188,10 +211,10 @@ def _kinship(report: dict[str, Any], names: list[str]) -> dict[str, Any]:
 
 
 def _fallbacks(report: dict[str, Any]) -> dict[str, Any]:
-    rows = []
-    for one in report["fallbacks"]:
-        treatment = f"ranked by {one['ranked']}" if one["ranked"] else "left at the base's values"
-        rows.append((one["tensor"], [one["expert"], treatment, one["reason"]]))
+    rows = [
+        (one["tensor"], [one["expert"], one["treatment"], one["reason"]])
+        for one in report["fallbacks"]
+    ]
     rows += [(name, ["", "copied", "it holds no weights"]) for name in report["copied"]]
     return {
         "tensors": len({name for name, _ in rows}),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,20 +20,33 @@ def summarize(account: Account) -> dict[str, Any]:
 
     Positions are counts. Lists over owners have the experts in the recipe's order and the base
     last. ``kept``, ``overwritten`` and ``dropped`` are shares of an expert's own saliency Σ s_k
-    and sum to 1. ``error`` is the predicted error of the layers' outputs, Σ h_k (δ_M − δ_k)², as a
-    share of the error that the base's weights would make: 0 is the expert itself, 1 the base. All
-    four cover the tensors that every expert has a saliency for; if there are none, all tensors,
-    with h = 1.
+    and sum to 1. ``error`` is the predicted error of the layers' outputs as a share of the error
+    that the base's weights would make: 0 is the expert itself, 1 the base. All four cover the
+    tensors that every expert has a saliency for; if there are none, all tensors, with h = 1.
+
+    ``error_from`` says by a word what errors follow from: in a tensor, the ``gram`` matrix of its
+    inputs, a ``sketch`` of it, or its ``diagonal`` h, with which the error is Σ h_k (δ_M − δ_k)²;
+    ``unscored`` is h = 1. Of the whole it is the first of ``sketch``, ``gram``, ``diagonal`` and
+    ``unscored`` that any of the tensors has. Other settings, in ``curve``, are judged by h alone.
+
+    ``merged`` compares the merged task vector δ_M with each expert's: the cosine, and by how many
+    times it is longer. In methods in which no weight has a single owner, ``owned``, ``kept``,
+    ``overwritten`` and ``dropped`` are None.
     """
     experts = len(account.experts)
     measured = {tensor.name for tensor in account.measured()}
 
-    def owned(tensors: Iterable[TensorTally]) -> list[int]:
+    def owned(tensors: Iterable[TensorTally]) -> list[int] | None:
+        if not account.owners:
+            return None
         return _counts(summed((t.tally for t in tensors), experts).owned)
 
+    def weighed(tensors: Iterable[TensorTally]) -> list[TensorTally]:
+        return [t for t in tensors if not measured or t.name in measured]
+
     def shares(tensors: Iterable[TensorTally]) -> list[dict[str, float | None]]:
-        weighed = (t.tally for t in tensors if not measured or t.name in measured)
-        return _shares(summed(weighed, experts))
+        total = summed((t.tally for t in weighed(tensors)), experts)
+        return _shares(total, owners=account.owners)
 
     return {
         "mergekit_obim_version": __version__,
@@ -45,6 +58,10 @@ def summarize(account: Account) -> dict[str, Any]:
         "contested": _contested(account.tensors),
         "measured": bool(measured),
         "experts_total": shares(account.tensors),
+        "error_from": [
+            _first_of({t.error_from[k] for t in weighed(account.tensors)}) for k in range(experts)
+        ],
+        "merged": _merged(account.total()),
         "layers": [
             {
                 "place": place,
@@ -75,6 +92,7 @@ def summarize(account: Account) -> dict[str, Any]:
                 "expert": expert,
                 "tensor": tensor.name,
                 "ranked": tensor.ranked[k],
+                "treatment": tensor.treatments[k],
                 "reason": tensor.reasons[k],
             }
             for k, expert in enumerate(account.experts)
@@ -91,10 +109,12 @@ def summarize(account: Account) -> dict[str, Any]:
                 "layer": tensor.layer,
                 "elements": tensor.elements,
                 "ranked": tensor.ranked,
-                "owned": _counts(tensor.tally.owned),
+                "owned": owned([tensor]),
                 "contested": _contested([tensor]),
-                "saliency": tensor.tally.saliency.tolist(),
+                "saliency": tensor.tally.saliency.tolist() if account.owners else None,
                 "error": tensor.tally.error.tolist(),
+                "error_at_base": tensor.tally.at_base().tolist(),
+                "error_from": tensor.error_from,
             }
             for tensor in account.tensors
         ],
@@ -126,21 +146,40 @@ def _contested(tensors: Sequence[TensorTally]) -> list[int] | None:
     return [round(sum(column)) for column in zip(*counted, strict=True)] if counted else None
 
 
-def _shares(tally: Tally) -> list[dict[str, float | None]]:
+def _first_of(words: Collection[str | None]) -> str | None:
+    """Return what tells most of what a set of tensors' errors follow from."""
+    return next((w for w in ("sketch", "gram", "diagonal", "unscored") if w in words), None)
+
+
+def _merged(total: Tally) -> list[dict[str, float | None]]:
+    """Return how each expert's task vector lies to the merged one; None where one is 0."""
+    products, own = total.merged[:-1], total.products.diagonal()
+    merged = float(total.merged[-1])
+    return [
+        {
+            "cosine": float(product / np.sqrt(square * merged)) if square * merged else None,
+            "length": float(np.sqrt(merged / square)) if square else None,
+        }
+        for product, square in zip(products, own, strict=True)
+    ]
+
+
+def _shares(tally: Tally, *, owners: bool = True) -> list[dict[str, float | None]]:
     """Return what becomes of each expert's saliency; None for one that has no saliency."""
     found: list[dict[str, float | None]] = []
-    for k, (row, error) in enumerate(zip(tally.saliency, tally.error, strict=True)):
+    for k, (row, error, at_base) in enumerate(
+        zip(tally.saliency, tally.error, tally.at_base(), strict=True)
+    ):
+        shares = dict.fromkeys(("kept", "overwritten", "dropped", "error"))
         total = float(row.sum())
-        if total == 0:
-            found.append(dict.fromkeys(("kept", "overwritten", "dropped", "error")))
-            continue
-        kept, dropped = float(row[k]) / total, float(row[-1]) / total
-        found.append(
-            {
+        if total and owners:
+            kept, dropped = float(row[k]) / total, float(row[-1]) / total
+            shares |= {
                 "kept": kept,
                 "overwritten": max(0.0, 1 - kept - dropped),
                 "dropped": dropped,
-                "error": float(error) / total,
             }
-        )
+        if at_base > 0:
+            shares["error"] = float(error / at_base)
+        found.append(shares)
     return found

@@ -14,8 +14,14 @@ from mergekit_obim.errors import SaliencyFileError, SaliencyNotFoundError
 from mergekit_obim.saliency.file import PUBLISHED_NAME, SaliencyFile, saliency_file_name
 from mergekit_obim.saliency.fingerprint import matches
 from mergekit_obim.saliency.hub import download
+from mergekit_obim.saliency.imatrix import SUFFIXES as IMATRIX_SUFFIXES
 
 _HUB = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w.-]+)(?:/(?P<file>[^@]+))?(?:@(?P<revision>[^@]+))?")
+# huggingface_hub's own form, for its file system: the revision stands before the file.
+_ADDRESS = re.compile(
+    r"hf://(?:models/)?(?!datasets/|spaces/|buckets/)(?P<repo>[\w-][\w.-]*/[\w.-]+)"
+    r"(?:@(?P<revision>refs/(?:pr|convert)/[^/]+|[^/@]+))?(?:/(?P<file>[^@]*[^@/]))?/?"
+)
 _LOCK = threading.Lock()
 
 
@@ -23,8 +29,9 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
     """Find the saliency file of one expert.
 
     Args:
-        setting: The recipe's ``saliency``: a file, a folder of files,
-            ``org/repo[/file][@revision]`` on the Hub, or None for the model's own file.
+        setting: The recipe's ``saliency``: a file, an imatrix, a folder of files,
+            ``org/repo[/file][@revision]`` or ``hf://org/repo[@revision][/file]`` on the Hub, or
+            None for the model's own file.
         model: The expert's reference, ``model[@revision][+lora[@revision]]``.
         cache_dir: The Hub cache to use, None for the default one.
 
@@ -41,19 +48,29 @@ def locate(setting: str | None, model: str, *, cache_dir: str | None = None) -> 
         place = f"`saliency: {setting}`: "
         where = f"`saliency: {setting}` has no file for it"
     wanted = " or ".join(names)
+    hub = _ADDRESS.fullmatch(setting)
+    if setting.startswith("hf://") and not hub:
+        raise SaliencyNotFoundError(
+            f"no saliency for model {model}: {place}is no address of a repository of models: write "
+            "hf://org/repo[@revision][/file], or make a file with `obim-saliency RECIPE OUT_DIR`"
+        )
     local = Path(setting)
     if not local.exists():
         local = Path(setting.split("@")[0])  # a local model's path, with a revision
-    if local.is_file() and local.suffix == ".safetensors" and names[0] != PUBLISHED_NAME:
+    if (
+        local.is_file()
+        and local.suffix in (".safetensors", *IMATRIX_SUFFIXES)
+        and names[0] != PUBLISHED_NAME
+    ):
         return local
     if local.is_file():
         local = local.parent  # mergekit-pytorch's models are files
-    if local.is_dir():
+    if local.is_dir() and not hub:
         for name in names:
             if (local / name).is_file():
                 return local / name
         where += f" ({wanted} in {local})"
-    elif hub := _HUB.fullmatch(setting):
+    elif hub := hub or _HUB.fullmatch(setting):
         names = [hub["file"]] if hub["file"] else names[::-1]
         found, unknown = download(hub["repo"], names, hub["revision"], cache_dir)
         if found:
@@ -82,8 +99,13 @@ def open_saliency(path: Path) -> SaliencyFile:
     """
     # mergekit calls merge methods from several threads; one of them reads the values.
     with _LOCK:
-        stat = path.stat() if path.is_file() else None
-        return _open_checked(path, stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino))
+        return _open_checked(path, state_of(path))
+
+
+def state_of(path: Path) -> tuple[int, ...] | None:
+    """Return what is another as soon as a file has been replaced; None if there is no file."""
+    stat = path.stat() if path.is_file() else None
+    return stat and (stat.st_mtime_ns, stat.st_size, stat.st_ino)
 
 
 @lru_cache(maxsize=64)

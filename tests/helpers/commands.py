@@ -30,6 +30,7 @@ import checkpoints
 from mergekit_obim.commands import kinship as cli_kinship
 from mergekit_obim.commands import report as cli_report
 from mergekit_obim.commands import saliency as cli
+from mergekit_obim.commands import tune as cli_tune
 from mergekit_obim.methods import saliency
 from mergekit_obim.saliency.file import saliency_file_name
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
@@ -55,6 +56,14 @@ def obim_kinship(*args: object) -> Result:
 
 def obim_report(*args: object) -> Result:
     return _invoke(cli_report.report, args)
+
+
+def obim_tune(*args: object) -> Result:
+    return _invoke(cli_tune.tune, args)
+
+
+def obim_eval(*args: object) -> Result:
+    return _invoke(cli_tune.evaluate, args)
 
 
 def mergekit_yaml(*args: object) -> Result:
@@ -93,15 +102,19 @@ def spawn(command: str, *args: object, cwd: Path) -> subprocess.CompletedProcess
     )
 
 
-def killed(patch: Callable[[Callable[[], None]], None], *args: object) -> None:
-    """Run the pre-pass in a child that `patch` gets a way to kill -9, and wait for that."""
+def killed(
+    patch: Callable[[Callable[[], None]], None],
+    *args: object,
+    command: Callable[..., Result] = obim_saliency,
+) -> None:
+    """Run a command in a child that `patch` gets a way to kill -9, and wait for that."""
     child = os.fork()
     if not child:
         torch.set_num_threads(1)  # OpenMP's threads did not come along
         signal.alarm(120)
         with contextlib.suppress(BaseException):
             patch(lambda: os.kill(os.getpid(), signal.SIGKILL))
-            obim_saliency(*args)
+            command(*args)
         os._exit(0)  # the test fails: it should have been killed
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status)

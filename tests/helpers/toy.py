@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tiny_tokenizers import VOCAB_SIZE, byte_tokenizer
 
-ROWS = 120
+ROWS = 140
 
 
 def _sum(n: int) -> dict[str, str]:

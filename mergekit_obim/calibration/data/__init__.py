@@ -18,17 +18,18 @@ images run alone.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mergekit_obim.calibration.data.drawing import RowReader, draw
+from mergekit_obim.calibration.data.drawing import Drawn, RowReader, draw
 from mergekit_obim.calibration.data.images import RowProcessor
 from mergekit_obim.calibration.data.rows import load_rows
 from mergekit_obim.calibration.data.self_written import opening_of
 from mergekit_obim.calibration.data.tokens import TokenSequence, check_room, content_hash, pack
 from mergekit_obim.errors import CalibrationError
-from mergekit_obim.recipe.calibration import Calibration
+from mergekit_obim.recipe.calibration import Calibration, DataSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,8 @@ def prepare(
     limit: int | None = None,
     find_processor: Callable[[], RowProcessor | None] = lambda: None,
     own_rows: Sequence[list[int]] = (),
+    *,
+    further: int = 0,
 ) -> TokenizedCalibration:
     """Reads, samples and tokenizes all of an expert's calibration data.
 
@@ -78,6 +81,9 @@ def prepare(
         find_processor: Gives the expert's processor, or None if it takes no images; called only
             if a row has any.
         own_rows: The token ids of the rows that the expert has written, for the source ``self``.
+        further: If not 0, how many rows to read beyond those that the calibration asks for, of
+            all sources together: rows that no saliency was measured on, as far as there are any.
+            What the expert has written is taken as it is.
 
     Raises:
         CalibrationError: if data can't be read, or has a row that can't be used.
@@ -114,10 +120,14 @@ def prepare(
                 calibration.date,
                 cut=not calibration.packing,
             )
-            found = draw(reader, calibration.seed)
+            share = further * source.samples / sum(one.samples for one in calibration.sources)
+            drew = draw(reader, calibration.seed, math.ceil(share))
+            found = drew.sequences
         except CalibrationError as error:
             raise CalibrationError(f"{model_label}: {error.message}") from error
-        if len(found) < source.samples:
+        if further:
+            warnings += _too_few_rows(source, drew, math.ceil(share))
+        elif len(found) < source.samples:
             warnings.append(
                 f"{source.data} has {len(found)} usable rows, fewer than the {source.samples} "
                 "samples asked for: all are used"
@@ -157,3 +167,22 @@ def prepare(
         date=calibration.date.isoformat() if read_clock else None,
         warnings=warnings,
     )
+
+
+def _too_few_rows(source: DataSource, drew: Drawn, wanted: int) -> Iterator[str]:
+    """Say so where not as many rows could be set aside as were wanted, or not new ones."""
+    kept = len(drew.sequences)
+    if drew.shared:
+        way_out = "give it more rows"
+        if drew.usable > 2 * wanted:
+            way_out += f", or measure again with samples: {drew.usable - wanted}"
+        yield (
+            f"{source.data} has {drew.usable} usable rows and samples: {source.samples}: "
+            f"{drew.shared} of the {kept} rows set aside may be among those that were measured; "
+            f"{way_out}"
+        )
+    elif kept < wanted:
+        yield (
+            f"{source.data} has {kept} usable rows beyond the {source.samples} samples: these are "
+            f"set aside, instead of {wanted}"
+        )

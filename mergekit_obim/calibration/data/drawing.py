@@ -136,10 +136,32 @@ class RowReader:
         return replace(row, image_inputs=inputs)
 
 
-def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
-    """Returns the sequences of the rows that the seed draws, in the rows' own order.
+@dataclass(frozen=True)
+class Drawn:
+    """Rows that were drawn.
+
+    Attributes:
+        sequences: Their sequences, in the rows' own order.
+        shared: How many of them are among the source's ``samples``, if further ones were wanted.
+        usable: How many rows were found that are not empty, up to the number that was looked for.
+    """
+
+    sequences: list[TokenSequence]
+    shared: int
+    usable: int
+
+
+def draw(reader: RowReader, seed: int, further: int = 0) -> Drawn:
+    """Draws rows by the seed: those to measure, or those that come after them.
 
     Empty rows do not count: others are drawn in their place, as long as there are any.
+
+    Args:
+        reader: Of the source's rows.
+        seed: Gives the order of drawing.
+        further: If not 0, how many rows to return that come after the source's ``samples``. Fewer
+            are returned if there are fewer; where there are not even a quarter of them, the last
+            of the samples too.
 
     Raises:
         CalibrationError: A row cannot be used, which the message names, or all rows are empty.
@@ -147,7 +169,7 @@ def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
     rows, source = reader.rows, reader.source
     drawn: dict[int, TokenSequence] = {}
     looked_at = 0
-    wanted = source.samples
+    number = wanted = source.samples + further
     while True:
         order = sample_order(len(rows), wanted, seed)
         for index in order[looked_at:]:
@@ -162,13 +184,19 @@ def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
                 raise CalibrationError(f"{reader.where(index)}: {error.message}") from error
             if read is not None:
                 drawn[index] = read
-            if len(drawn) == source.samples:
+            if len(drawn) == number:
                 break
-        if len(drawn) == source.samples or len(order) == len(rows):
+        if len(drawn) == number or len(order) == len(rows):
             break
         looked_at, wanted = len(order), 2 * wanted  # empty rows: look further
     if not drawn:
         raise CalibrationError(f"{source.data}: is empty: none of its rows holds any text")
+    usable, shared = len(drawn), 0
+    if further:
+        fresh = max(0, usable - source.samples)
+        if 4 * fresh < further:
+            shared = min(further, usable) - fresh
+        drawn = dict(list(drawn.items())[-(fresh + shared) :])  # it is in the order of drawing
     lengths = {index: len(row.ids) for index, row in drawn.items() if row.image_inputs is not None}
     longest = max(lengths, key=lengths.__getitem__, default=None)
     if longest is not None and lengths[longest] > reader.max_length:
@@ -177,4 +205,4 @@ def draw(reader: RowReader, seed: int) -> list[TokenSequence]:
             f"{reader.max_length}: with them it has {lengths[longest]} tokens, the most of "
             "all rows; raise max_length to that, or use smaller images"
         )
-    return [drawn[index] for index in sorted(drawn)]
+    return Drawn([drawn[index] for index in sorted(drawn)], shared, usable)
