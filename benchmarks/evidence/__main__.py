@@ -48,12 +48,12 @@ def main(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     for seed in seeds:
-        start, made = time.perf_counter(), _made(device)
+        start, how = time.perf_counter(), made(device)
         lab = Lab(SCALES[scale], seed, cache / scale / f"seed{seed}", device)
         if not names:  # all are needed, and more of them go two at a time than table by table
             lab.models(BASE, *TASKS, *CHECKPOINTS)
         for name in names or TABLES:
-            table = {"figures": TABLES[name](lab), "made": made}
+            table = {"figures": TABLES[name](lab), "made": how}
             # Read anew: other seeds may be running beside this one.
             kept = page.read(docs)
             kept.setdefault(scale, {}).setdefault(name, {})[str(seed)] = table
@@ -62,7 +62,7 @@ def main(
             print(f"seed {seed}, {name}: {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def _made(device: str) -> dict[str, str]:
+def made(device: str) -> dict[str, str]:
     def git(*arguments: str) -> str:
         result = subprocess.run(["git", *arguments], capture_output=True, text=True, check=False)
         return result.stdout.strip()
