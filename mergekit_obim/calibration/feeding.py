@@ -12,8 +12,13 @@ from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
 
 
-def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> None:
-    """Run one forward pass, of which nothing is kept.
+def feed(
+    model: PreTrainedModel,
+    ids: Tensor,
+    images: BatchFeature | None = None,
+    positions: Tensor | None = None,
+) -> Any:
+    """Run one forward pass.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
     its own training on text. Of a model that takes no text (speech), the decoder runs alone,
@@ -23,9 +28,14 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         model: A model of any of transformers' classes, in eval mode.
         ids: [sequences, tokens], int64, on the model's device; no padding.
         images: What the model's processor gives beside the ids for one row with images.
+        positions: Of packed rows the place of each token in its own row, of the shape of ids; only
+            for models of which :func:`~.packing.why_apart` has nothing to say.
+
+    Returns:
+        What the model returns.
     """
     with full_precision():
-        _feed(model, ids, images)
+        return _feed(model, ids, images, positions)
 
 
 @contextmanager
@@ -48,7 +58,9 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> None:
+def _feed(
+    model: PreTrainedModel, ids: Tensor, images: BatchFeature | None, positions: Tensor | None
+) -> Any:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)
     takes_text = "input_ids" in named
@@ -56,11 +68,11 @@ def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> N
         hidden = decoder(input_ids=ids, use_cache=False)[0]
         if (head := model.get_output_embeddings()) is not None:
             head(hidden)
-        return
-    more: dict[str, Any] = {}
+        return hidden
+    more: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     if images is not None:
         more |= images.to(ids.device, dtype=model.dtype)  # of floating-point tensors
     if getattr(model.config, "is_encoder_decoder", False):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         more["decoder_input_ids"] = shift(labels=ids) if shift else ids
-    model(input_ids=ids, use_cache=False, **more)
+    return model(input_ids=ids, use_cache=False, **more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import psutil
@@ -33,6 +34,20 @@ def most_tokens(model: nn.Module, device: torch.device) -> int:
         return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
+
+
+def packed_tokens(tokens: int, longest: int) -> int:
+    """Return the most tokens of a pass of packed rows.
+
+    Attention compares each token of such a pass with all others before it masks those of other
+    rows. So many that its scores take no more memory, and no more time, than in a batch of the
+    longest rows.
+
+    Args:
+        tokens: The most tokens of a batch of rows of one length.
+        longest: The length of the longest row.
+    """
+    return min(tokens, math.isqrt(tokens * longest))
 
 
 def gram_budget(device: torch.device) -> float:
