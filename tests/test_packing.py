@@ -18,6 +18,7 @@ from mergekit_obim.calibration.capture import CurvatureCapture
 from mergekit_obim.calibration.data import TokenSequence
 from mergekit_obim.calibration.data.tokens import next_packed
 from mergekit_obim.calibration.feeding import feed
+from mergekit_obim.calibration.memory import packed_tokens
 from mergekit_obim.calibration.packing import packed, why_apart
 from mergekit_obim.calibration.passes import run_through
 from mergekit_obim.calibration.ranks import Ranks
@@ -265,6 +266,12 @@ def test_who_shares_no_passes_says_so_once(
     assert line.levelno == logging.INFO
     assert "m: rows of different lengths do not share passes" in line.message
     assert "depended on its neighbours" in line.message
+
+
+def test_lines_are_short_enough_for_attention_and_for_what_the_trial_can_see() -> None:
+    assert packed_tokens(2048, 128) == 512
+    assert packed_tokens(100, 200) == 100
+    assert packed_tokens(32768, 2048) == 4096
 
 
 def test_rows_with_images_stay_alone() -> None:
