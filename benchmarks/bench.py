@@ -6,7 +6,8 @@ Tables: *whole runs*: `mergekit-yaml` as a user starts it, on random bf16 Llama
 checkpoints, the methods taking turns, wall time and peak memory of each process.
 *Kernels*: benchmarks/kernels.py. *Growth*: the masks and the merge of one tensor for
 several K and sizes. *Pre-pass*: the capture's forward over the bare forward of the same
-batch. All figures are medians after a warm-up and are meant as ratios within one run.
+batch. *Many lengths*: the pre-pass of a tiny Llama on rows of many lengths, one at a time and
+packed. All figures are medians after a warm-up and are meant as ratios within one run.
 Ends with one JSON line, and with --write puts the tables into docs/performance.md.
 """
 
@@ -22,6 +23,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +35,12 @@ import yaml
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks import kernels
+from benchmarks import kernels, tiny_llama
 from mergekit_obim.calibration.capture import CurvatureCapture
+from mergekit_obim.calibration.data import TokenSequence
+from mergekit_obim.calibration.passes import run_through
+from mergekit_obim.calibration.ranks import Ranks
+from mergekit_obim.calibration.resume import Checkpoint
 from mergekit_obim.kernels.gram import TEST_MATRIX, draw_test_matrix
 from mergekit_obim.saliency.file import (
     Gram,
@@ -209,6 +215,32 @@ def pre_pass(smoke: bool, repeats: int) -> dict[str, float]:
     return ratios
 
 
+def many_lengths(smoke: bool, repeats: int) -> dict[str, Any]:
+    """Tokens per second of processor time: rows of the lengths of chats, alone and packed."""
+    model = tiny_llama.Size().build(seed=0).eval()
+    spread = torch.randn(10 if smoke else 100, generator=torch.Generator().manual_seed(1)) * 0.6
+    lengths = (110 * spread.exp()).long().clamp(20, 512).tolist()
+    rows = [TokenSequence(torch.randint(tiny_llama.BOS, (n,)).tolist()) for n in lengths]
+    seen: dict[str, list[float]] = {"one at a time": [], "packed": []}
+    for _ in range(repeats + 1):
+        for kind in seen:
+            size: Any = "auto" if kind == "packed" else 1
+            with tempfile.TemporaryDirectory() as folder:
+                start = time.process_time()
+                run_through(
+                    model, rows, label=kind, batch_size=size, quiet=True, ranks=Ranks(),
+                    checkpoint=Checkpoint(Path(folder) / "sums", {}),
+                )  # fmt: skip
+                seen[kind].append(sum(lengths) / (time.process_time() - start))
+    return {
+        "rows": len(lengths),
+        "lengths": len(set(lengths)),
+        "tokens": sum(lengths),
+        "hidden_size": model.config.hidden_size,
+        **{kind: statistics.median(rates[1:]) for kind, rates in seen.items()},
+    }
+
+
 def machine() -> dict[str, str]:
     """Where and with what figures are taken."""
     commit = subprocess.run(
@@ -245,6 +277,8 @@ def measure_part(part: str, cache: Path, smoke: bool, runs: int) -> Any:
         return kernels.measure(side, side, 3, torch.device("cpu"), 1 if smoke else 5)
     if part == "growth":
         return growth(smoke, 1 if smoke else 3)
+    if part == "many_lengths":
+        return many_lengths(smoke, 1 if smoke else 5)
     return pre_pass(smoke, 1 if smoke else 5)
 
 
@@ -331,12 +365,26 @@ def _pre_pass_table(ratios: dict[str, float]) -> list[str]:
     ]
 
 
+def _many_lengths_table(figures: dict[str, Any]) -> list[str]:
+    alone, packed = figures["one at a time"], figures["packed"]
+    return [
+        f"### Pre-pass: {figures['rows']} rows of {figures['lengths']} lengths, "
+        f"{figures['tokens']:,} tokens, hidden size {figures['hidden_size']}",
+        "",
+        "| rows run | tokens per second of processor time |",
+        "|---|---|",
+        f"| one at a time | {alone:,.0f} |",
+        f"| packed, the trial included | {packed:,.0f} |",
+    ]
+
+
 TABLES: dict[str, Callable[[Any], list[str]]] = {
     "whole_runs": _whole_runs_table,
     "more_experts": _whole_runs_table,
     "kernels": _kernels_table,
     "growth": _growth_table,
     "pre_pass": _pre_pass_table,
+    "many_lengths": _many_lengths_table,
 }
 
 

@@ -32,7 +32,8 @@ def output(cache: Path) -> str:
 def test_it_ends_with_one_line_of_json_that_says_what_the_table_says(output: str) -> None:
     figures = json.loads(output.splitlines()[-1])
     assert bench.tables(figures) == output.rsplit("\n", 2)[0]
-    assert list(figures) == ["whole_runs", "more_experts", "kernels", "growth", "pre_pass"]
+    parts = ["whole_runs", "more_experts", "kernels", "growth", "pre_pass", "many_lengths"]
+    assert list(figures) == parts
     dtypes = ("float32", "bfloat16")
     assert set(figures["pre_pass"]["figures"]) == {*dtypes, *(f"{d}, sketch 16" for d in dtypes)}
     runs = figures["whole_runs"]["figures"]["3 experts"]

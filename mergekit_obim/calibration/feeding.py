@@ -10,9 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import BatchFeature, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
 
 
-def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None) -> Tensor | None:
+def feed(
+    model: PreTrainedModel,
+    ids: Tensor,
+    images: BatchFeature | None = None,
+    positions: Tensor | None = None,
+) -> Any:
     """Run one forward pass.
 
     An encoder-decoder reads the text on both sides, shifted to the right in the decoder, as in
@@ -23,13 +29,15 @@ def feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None = None
         model: A model of any of transformers' classes, in eval mode.
         ids: [sequences, tokens], int64, on the model's device; no padding.
         images: What the model's processor gives beside the ids for one row with images.
+        positions: Of packed rows the place of each token in its own row, of the shape of ids; only
+            for models of which :func:`~.packing.why_apart` has nothing to say.
 
     Returns:
-        The logits, [sequences, tokens, vocabulary] of a language model, on whatever device they
-        are computed on; None of a model without a head.
+        What the model returns: with ``logits``, [sequences, tokens, vocabulary] of a language
+        model, on whatever device they are computed on, unless it has no head.
     """
     with full_precision():
-        return _feed(model, ids, images)
+        return _feed(model, ids, images, positions)
 
 
 @contextmanager
@@ -52,18 +60,21 @@ def full_precision() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
 
 
-def _feed(model: PreTrainedModel, ids: Tensor, images: BatchFeature | None) -> Tensor | None:
+def _feed(
+    model: PreTrainedModel, ids: Tensor, images: BatchFeature | None, positions: Tensor | None
+) -> Any:
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     named = (model.main_input_name, *inspect.signature(model.forward).parameters)
     takes_text = "input_ids" in named
     if not takes_text and decoder is not None and decoder is not model:
         hidden = decoder(input_ids=ids, use_cache=False)[0]
-        head = model.get_output_embeddings()
-        return None if head is None else head(hidden)
-    more: dict[str, Any] = {}
+        if (head := model.get_output_embeddings()) is None:
+            return BaseModelOutput(last_hidden_state=hidden)
+        return CausalLMOutput(logits=head(hidden))
+    more: dict[str, Any] = {} if positions is None else {"position_ids": positions}
     if images is not None:
         more |= images.to(ids.device, dtype=model.dtype)  # of floating-point tensors
     if getattr(model.config, "is_encoder_decoder", False):
         shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
         more["decoder_input_ids"] = shift(labels=ids) if shift else ids
-    return getattr(model(input_ids=ids, use_cache=False, **more), "logits", None)
+    return model(input_ids=ids, use_cache=False, **more)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import psutil
@@ -20,6 +21,9 @@ _GRAM_SHARE = 0.5
 # On accelerators half as many are tried where these do not fit. More would gain nothing, and take
 # the inner activations of large models past 2**31 elements.
 _TOKENS = 32768
+# A line of packed rows is shorter, as the trial of it is short: Llama 4 scales its attention by the
+# place in the line, whatever the positions say, from 8192 on.
+_LINE_TOKENS = 4096
 
 
 def most_tokens(model: nn.Module, device: torch.device) -> int:
@@ -33,6 +37,20 @@ def most_tokens(model: nn.Module, device: torch.device) -> int:
         return _TOKENS
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     return _CPU_TOKENS_OFFLOADED if offloaded else _CPU_TOKENS
+
+
+def packed_tokens(tokens: int, longest: int) -> int:
+    """Return the most tokens of a pass of packed rows.
+
+    Attention compares each token of such a pass with all others before it masks those of other
+    rows. So many that its scores take no more memory, and no more time, than in a batch of the
+    longest rows.
+
+    Args:
+        tokens: The most tokens of a batch of rows of one length.
+        longest: The length of the longest row.
+    """
+    return min(tokens, math.isqrt(tokens * longest), _LINE_TOKENS)
 
 
 def gram_budget(device: torch.device) -> float:

@@ -17,9 +17,10 @@ from tqdm import tqdm
 from transformers import BatchFeature, PreTrainedModel
 
 from mergekit_obim.calibration.capture import Columns, CurvatureCapture, input_device
-from mergekit_obim.calibration.data.tokens import TokenSequence, next_batch
+from mergekit_obim.calibration.data.tokens import TokenSequence, next_batch, next_packed
 from mergekit_obim.calibration.feeding import feed
-from mergekit_obim.calibration.memory import most_tokens, out_of_memory
+from mergekit_obim.calibration.memory import most_tokens, out_of_memory, packed_tokens
+from mergekit_obim.calibration.packing import packed, why_apart
 from mergekit_obim.calibration.ranks import Ranks
 from mergekit_obim.calibration.resume import Checkpoint, Sums
 
@@ -41,7 +42,9 @@ def run_through(
 ) -> CurvatureCapture:
     """Run the model over this process's share of the data, from the checkpoint on if there is one.
 
-    The longest sequences come first, so that memory runs out at the start or not at all.
+    The longest sequences come first, so that memory runs out at the start or not at all. Those of
+    one length make a batch; where more of different lengths fit one pass, these are packed, if the
+    model keeps them apart.
 
     Args:
         model: In eval mode.
@@ -70,6 +73,7 @@ def run_through(
     ordered = ranks.share(sorted(sequences, key=lambda row: len(row.ids), reverse=True))
     quiet = quiet or not ranks.first
     total = sum(len(row.ids) for row in ordered)
+    first = len(ordered[0].ids) if ordered else 0
     ran, tokens = 0, most_tokens(model, device)
     sums, unusable = checkpoint.load()
     if sums is not None:
@@ -79,6 +83,9 @@ def run_through(
     elif unusable and ranks.first:
         line = f"Warning: {label}: starting over: the sums of an interrupted run {unusable}"
         tqdm.write(line, file=sys.stderr)
+    apart = why_apart(model, sequences) if batch_size != 1 else "batch_size is 1"
+    if apart and len({len(row.ids) for row in ordered}) > 1:
+        LOG.info("%s: rows of different lengths do not share passes: %s", label, apart)
     gone = sum(len(row.ids) for row in ordered[:ran])
     if ran and not quiet:
         tqdm.write(f"{label}: goes on after {gone:,} tokens of an interrupted run", sys.stderr)
@@ -89,11 +96,20 @@ def run_through(
             longest = len(ordered[ran].ids)
             size = max(1, tokens // longest) if batch_size == "auto" else batch_size
             rows = next_batch(ordered, ran, size)
-            ids = torch.tensor([row.ids for row in rows], device=device)
+            if not apart:
+                auto = batch_size == "auto"
+                most = packed_tokens(tokens if auto else size * first, first)
+                mixed = next_packed(ordered, ran, most, len(ordered) if auto else size)
+                rows = max(rows, mixed, key=len)  # the batch where it is as large
+            positions = None
+            if len(rows[-1].ids) == longest:
+                ids = torch.tensor([row.ids for row in rows], device=device)
+            else:
+                ids, positions = packed(rows, device)
             images = rows[0].image_inputs() if rows[0].image_inputs else None
             may_not = batch_size == "auto" and len(rows) > 1
-            if not _fits(model, ids, images, capture, may_not=may_not):
-                tokens = len(rows) // 2 * longest
+            if not _fits(model, ids, images, positions, capture, may_not=may_not):
+                tokens = len(rows) // 2 * (ids.numel() // len(rows))
                 LOG.info("%s: %d tokens do not fit, trying %d", label, ids.numel(), tokens)
                 if columns == "full":  # of which there is no copy to go back to
                     capture.reset()
@@ -103,7 +119,7 @@ def run_through(
                 continue
             ranks.check()
             ran += len(rows)
-            progress.update(len(rows) * longest)
+            progress.update(ids.numel())
             # What another run over the data goes on from has to outlive this one.
             if checkpoint.due() or (ran == len(ordered) and capture.ledger.later):
                 checkpoint.save(Sums(ran, tokens, capture.ledger.state()))
@@ -115,6 +131,7 @@ def _fits(
     model: PreTrainedModel,
     ids: torch.Tensor,
     images: BatchFeature | None,
+    positions: torch.Tensor | None,
     capture: CurvatureCapture,
     *,
     may_not: bool,
@@ -122,7 +139,7 @@ def _fits(
     """Run a batch, and return whether memory sufficed; if not, nothing of it was counted."""
     try:
         with capture:  # which turns gradients off
-            feed(model, ids, images)
+            feed(model, ids, images, positions)
     except Exception as error:
         if not may_not or not out_of_memory(error):
             raise

@@ -207,7 +207,7 @@ def _logits(
     images = rows[0].image_inputs() if rows[0].image_inputs else None
     try:
         with torch.no_grad():
-            logits = feed(model, ids, images)
+            logits: Tensor | None = getattr(feed(model, ids, images), "logits", None)
     except ObimError:
         raise
     except Exception as error:  # each model's forward pass has errors of its own

@@ -153,3 +153,27 @@ def next_batch(ordered: Sequence[TokenSequence], start: int, size: int) -> Seque
     ):
         end += 1
     return ordered[start:end]
+
+
+def next_packed(
+    ordered: Sequence[TokenSequence], start: int, tokens: int, size: int
+) -> Sequence[TokenSequence]:
+    """Returns the sequences from ``start`` on that make a pass of packed rows, of any lengths.
+
+    The first is in it whatever its length. A sequence with images is alone.
+
+    Args:
+        ordered: All sequences.
+        start: The index of the first one of the pass.
+        tokens: The most tokens of the pass.
+        size: The most sequences of the pass, at least 1.
+    """
+    end, total = start + 1, len(ordered[start].ids)
+    while (
+        end < min(start + size, len(ordered))
+        and total + len(ordered[end].ids) <= tokens
+        and not any(sequence.image_inputs for sequence in ordered[end - 1 : end + 1])
+    ):
+        total += len(ordered[end].ids)
+        end += 1
+    return ordered[start:end]
