@@ -157,7 +157,8 @@ def test_split_of_a_file_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("data", ["a.jsonl", "d/A.JSON", "./x", "/x/y", "~/x", "../x", "x.parquet"])
-def test_what_is_a_file(data: str) -> None:
+def test_what_is_a_file(data: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # beside the clone there may be a folder called x
     assert is_local_file(data)
 
 
