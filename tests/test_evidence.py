@@ -15,7 +15,7 @@ from benchmarks.evidence import __main__ as command
 from benchmarks.evidence import lab as lab_module
 from benchmarks.evidence import page, plots
 from benchmarks.evidence.lab import BASE, CHECKPOINTS, SCALES, TASKS, TRIO, Lab, Merge, accuracy
-from benchmarks.evidence.tables import TABLES, methods
+from benchmarks.evidence.tables import TABLES, USUAL, methods
 from benchmarks.tiny_llama import held_out_loss, load, stream
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +43,10 @@ def lab(cache: Path) -> Lab:
 @pytest.mark.slow
 def test_every_table_is_filled_by_the_real_commands_and_shown(cache: Path) -> None:
     figures = run(cache)
+    assert list(figures) == list(USUAL)
+    more = [name for name in TABLES if name not in USUAL]
+    assert "tuned" in more
+    figures = run(cache, *(argument for name in more for argument in ("--table", name)))
     assert list(figures) == list(TABLES)
     text = "".join(f"<!-- table: smoke/{name} -->\n<!-- end -->\n" for name in TABLES)
     shown = page.render(text, {"smoke": figures})
