@@ -48,8 +48,10 @@ def linear_use(squares: Squares, view: View, axis: int | None, x: Tensor) -> Use
         x: Activations [..., in].
     """
     x = x.reshape(-1, x.shape[-1])
-    total = squares.sum(view.weight, x).view(view.spread({axis: x.shape[1]}))
-    products = partial(squares.products, x) if squares.columns and axis is not None else None
+    sketched = bool(squares.columns) and axis is not None
+    total = squares.sum(view.weight, x, with_products=sketched)
+    total = total.view(view.spread({axis: x.shape[1]}))
+    products = partial(squares.products, x) if sketched else None
     return Use(view.weight, f"linear {axis}", total, x.shape[0], view.expert, products)
 
 

@@ -58,6 +58,8 @@ class Squares:
         weight: Weight,
         x: Tensor,
         normalise: Callable[[Tensor], Tensor] | None = None,
+        *,
+        with_products: bool = False,
     ) -> Tensor:
         """Return Σ x² over the rows, each row passed through `normalise` first.
 
@@ -66,6 +68,8 @@ class Squares:
                 finite.
             x: [rows, n], any real dtype; a view of the activations.
             normalise: A row-wise function of a chunk [some rows, n], float32 (float64).
+            with_products: Whether :meth:`products` of x will be asked for: a sketch is summed up in
+                the same walk, which spares reading and converting x again.
 
         Returns:
             [n], float32, or float64 for float64 activations. It is shared among all that ask for
@@ -79,7 +83,11 @@ class Squares:
         key = _place(x)
         if normalise is None and key in self._sums:
             return self._sums[key][1]
-        total = sum_of_squares(x, normalise)
+        if with_products and self.columns != "full":  # which not every weight's are wanted of
+            total, products = sums(x, None, self.columns)
+            _keep(self._products, key, x, products)
+        else:
+            total = sum_of_squares(x, normalise)
         self.check(weight, total)
         if normalise is None:
             _keep(self._sums, key, x, total)
@@ -193,15 +201,7 @@ def sum_of_squares(x: Tensor, normalise: Callable[[Tensor], Tensor] | None = Non
     Returns:
         [n], of the :func:`accumulation_dtype`.
     """
-    dtype = accumulation_dtype(x)
-    elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-    total = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-    for chunk in torch.split(x, max(1, elements // max(1, x.shape[1]))):
-        chunk = chunk.to(dtype)
-        if normalise is not None:
-            chunk = normalise(chunk)
-        total += (chunk * chunk).sum(0)
-    return total
+    return sums(x, normalise, 0)[0]
 
 
 def sum_of_products(x: Tensor, columns: Columns) -> Tensor:
@@ -214,15 +214,42 @@ def sum_of_products(x: Tensor, columns: Columns) -> Tensor:
     Returns:
         [n, min(r, n)], of the :func:`accumulation_dtype`.
     """
+    return sums(x, None, columns, squares=False)[1]
+
+
+def sums(
+    x: Tensor,
+    normalise: Callable[[Tensor], Tensor] | None,
+    columns: Columns,
+    *,
+    squares: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`sum_of_squares` and :func:`sum_of_products`, in one walk over x.
+
+    Args:
+        x: [rows, n], any real dtype.
+        normalise: A row-wise function of a chunk.
+        columns: r; 0 for no products.
+        squares: Whether the squares are wanted.
+
+    Returns:
+        [n], and [n, min(r, n)].
+    """
     n, dtype = x.shape[1], accumulation_dtype(x)
-    whole = columns == "full" or columns >= n
-    omega = None if whole else _test_matrix(n, columns, dtype, x.device)
+    width = n if columns == "full" else min(n, columns)
+    omega = _test_matrix(n, width, dtype, x.device) if 0 < width < n else None
     elements = _CHUNK_ELEMENTS.get(x.device.type, _CHUNK_ELEMENTS_ELSEWHERE)
-    total = torch.zeros(n, n if omega is None else omega.shape[1], dtype=dtype, device=x.device)
+    total = torch.zeros(n, dtype=dtype, device=x.device)
+    products = torch.zeros(n, width, dtype=dtype, device=x.device)
     for chunk in torch.split(x, max(1, elements // max(1, n))):
         chunk = chunk.to(dtype)
-        total.addmm_(chunk.mT, chunk if omega is None else chunk @ omega)
-    return total
+        if normalise is not None:
+            chunk = normalise(chunk)
+        if squares:
+            total += (chunk * chunk).sum(0)
+        if columns:
+            products.addmm_(chunk.mT, chunk if omega is None else chunk @ omega)
+    return total, products
 
 
 @lru_cache(maxsize=64)  # a model's layers have a few widths
