@@ -74,8 +74,7 @@ class Products:
                 f"{path}: the Gram matrices so far cannot be saved: {one_line(error)}"
             ) from error
         for first, names in found.items():
-            read = _Stored(path, first)
-            self._add(first, names, packed[first].shape, read)
+            self._add(first, names, packed[first].shape, partial(_stored, path, first))
 
     def _add(
         self,
@@ -87,17 +86,11 @@ class Products:
         self.seen_by[first], self.shapes[first], self._read[first] = names, shape, read
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Reads one tensor of a file, and keeps nothing of it."""
-
-    path: Path
-    name: str
-
-    def __call__(self) -> torch.Tensor:
-        with safe_open(str(self.path), framework="pt", device="cpu") as file:
-            tensor: torch.Tensor = file.get_tensor(self.name)
-            return tensor
+def _stored(path: Path, name: str) -> torch.Tensor:
+    """Read one tensor of a file, and keep nothing of it."""
+    with safe_open(str(path), framework="pt", device="cpu") as file:
+        tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
 
 
 def run_with_products(

@@ -11,14 +11,14 @@ import transformers
 from mergekit.common import dtype_from_name
 
 from mergekit_obim import __version__
-from mergekit_obim.calibration.capture import FEWEST_ROWS, CurvatureCapture
+from mergekit_obim.calibration.capture import FEWEST_ROWS, Curvature, CurvatureCapture
 from mergekit_obim.calibration.data import TokenizedCalibration
 from mergekit_obim.calibration.options import RunOptions
 from mergekit_obim.calibration.products import Products
 from mergekit_obim.errors import CalibrationError, RecipeError, SaliencyFileError, quoted
 from mergekit_obim.kernels.gram import TEST_MATRIX
 from mergekit_obim.kernels.scores import task_vector
-from mergekit_obim.models.names import stored_parts, under_all_names
+from mergekit_obim.models.names import under_all_names
 from mergekit_obim.models.opened import OpenModel
 from mergekit_obim.recipe.calibration import Calibration
 from mergekit_obim.recipe.experts import Expert
@@ -178,7 +178,8 @@ def entries(
     """
     h: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, list[int]]] = {}
-    for parameter, curvature in capture.curvatures().items():
+    curvatures = capture.curvatures()
+    for parameter, curvature in curvatures.items():
         h |= under_all_names(model, parameter, curvature.h, names[parameter], opened.shape)
         if curvature.experts:
             tokens, pooled = list(curvature.experts), list(curvature.pooled)
@@ -186,13 +187,13 @@ def entries(
     unscored = {names[parameter][0]: reason for parameter, reason in capture.unscored().items()}
     found = {"unscored": unscored, "experts": experts}
     if products.seen_by:
-        found["gram"] = _gram(model, capture, products, names, opened)
+        found["gram"] = _gram(model, curvatures, products, names, opened)
     return h, found
 
 
 def _gram(
     model: PreTrainedModel,
-    capture: CurvatureCapture,
+    curvatures: Mapping[str, Curvature],
     products: Products,
     names: Mapping[str, tuple[str, ...]],
     opened: OpenModel,
@@ -200,21 +201,18 @@ def _gram(
     """Return which entry has the products of which weight's input, by all names of the weight."""
     inputs: dict[str, str] = {}
     expert_of: dict[str, int] = {}
-    stored, curvatures = set(opened.names), capture.curvatures()
     for first, parameters in products.seen_by.items():
         entry = products.entry(first)
         for parameter in parameters:
-            inputs |= dict.fromkeys(names[parameter], entry)
-            if any(name in stored for name in names[parameter]):
-                continue
             # Of each expert its number, in the place of its h: so the stored tensors tell theirs.
             h, count = curvatures[parameter].h, len(curvatures[parameter].experts)
             numbers = torch.arange(float(count)).view(-1, *[1] * (h.ndim - 1)) if count else h
-            for name, part in stored_parts(model, parameter, numbers, opened.shape).items():
+            found = under_all_names(model, parameter, numbers, names[parameter], opened.shape)
+            for name, part in found.items():
                 if part.numel() not in (1, numbers.numel()):
                     continue  # some of the input features only
                 inputs[name] = entry
-                if count and part.numel() == 1:
+                if count and part.ndim < numbers.ndim:
                     expert_of[name] = int(part)
     whole = products.columns == "full"
     return Gram(

@@ -19,8 +19,8 @@ def combine(paths: Sequence[Path], output: Path) -> SaliencyFile:
     That is the h of one run over all of the data, were each expert's inputs the same in the
     merged model. Experts of a mixture count by the tokens that were routed to them. A tensor that
     one of the files lacks is left out, and named as unscored. The new file has no fingerprint, as
-    nobody measured the merged weights. Sketches of Gram matrices, or the matrices, are combined
-    where all files have them, to as many columns as the file with the fewest has.
+    nobody measured the merged weights. Sketches of Gram matrices, or the matrices, are combined if
+    all files have as many columns of them, and left out otherwise.
 
     Args:
         paths: Two or more files in factored form.

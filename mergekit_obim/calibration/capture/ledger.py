@@ -94,10 +94,6 @@ class Term:
         """Return how many rows it is the sum over, those of all experts together."""
         return int(self.rows.sum()) if isinstance(self.rows, Tensor) else self.rows
 
-    def rows_list(self) -> list[int]:
-        """Return how many rows it is the sum over, one number or one for each expert."""
-        return self.rows.tolist() if isinstance(self.rows, Tensor) else [self.rows]
-
     def experts(self) -> tuple[int, ...]:
         """Return how many rows each expert saw; nothing if experts are not told apart."""
         return tuple(self.rows.tolist()) if isinstance(self.rows, Tensor) else ()
@@ -189,17 +185,14 @@ class Ledger:
         counted = len(use.rows) if isinstance(use.rows, Tensor) else 1
         experts = counted if use.expert is None else use.weight.shape[0]
         features = use.total.numel() // counted
-        return self.products_nbytes() + 4 * experts * features**2 <= self._budget
+        taken = sum(term.total.nbytes for term in self._products.values())
+        return taken + 4 * experts * features**2 <= self._budget
 
     def let_products_go(self) -> set[str]:
         """Free the memory of all products; returns the weights that they were counted for."""
         counted = set(self._products)
         self._products.clear()
         return counted
-
-    def products_nbytes(self) -> int:
-        """Return how much memory the sums of products take, in bytes."""
-        return sum(term.total.nbytes for term in self._products.values())
 
     def refuse(self, name: str, reason: str) -> None:
         """Give a parameter no h, whatever else is added; the first reason counts."""
@@ -251,8 +244,8 @@ class Ledger:
             [own_term], [term] = own.values(), theirs.values()
             # Sums of squares are equal to the bit where all inputs were the same.
             same = torch.equal(own_term.total.flatten(), term.total.flatten())
-            counted = self._products[first]
-            if same and counted.rows_list() == term.rows_list() == own_term.rows_list():
+            terms = (own_term, term, self._products[first])
+            if same and len({(each.experts(), each.all_rows()) for each in terms}) == 1:
                 measured[first] = (*measured.get(first, ()), name)
         return measured
 

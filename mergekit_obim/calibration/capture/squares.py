@@ -42,12 +42,14 @@ class Squares:
 
     Args:
         model: Returns the model's name, for messages.
-        columns: How many columns :meth:`products` has.
+
+    Attributes:
+        columns: How many columns :meth:`products` has; 0 where none are wanted.
     """
 
-    def __init__(self, model: Callable[[], str], columns: Columns = 0) -> None:
+    def __init__(self, model: Callable[[], str]) -> None:
         self._model = model
-        self.columns = columns
+        self.columns: Columns = 0
         # Input -> its sum; the reference keeps the storage's address unique.
         self._sums: _Sums = {}
         self._products: _Sums = {}
@@ -160,9 +162,9 @@ class Squares:
 
     def forget(self, storage: int) -> None:
         """Forget the sums of inputs in a storage whose contents have changed."""
-        for sums in (self._sums, self._products):
-            for known in [k for k in sums if k[0] == storage]:
-                del sums[known]
+        for kept in (self._sums, self._products):
+            for known in [k for k in kept if k[0] == storage]:
+                del kept[known]
 
     def clear(self) -> None:
         """Forget all sums and flags; those of a pass that failed say nothing of the next."""
