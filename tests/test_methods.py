@@ -52,25 +52,8 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
     return checkpoints.write_family(tmp_path_factory.mktemp("family"))
 
 
-def recipe(
-    family: Family,
-    *,
-    method: str = "obim",
-    per_model: list[dict[str, Any]] | None = None,
-    shared: dict[str, Any] | None = None,
-    **more: Any,
-) -> dict[str, Any]:
-    per_model = per_model or [{} for _ in family.experts]
-    return {
-        "merge_method": method,
-        "base_model": str(family.base),
-        "models": [
-            {"model": str(folder), "parameters": parameters}
-            for folder, parameters in zip(family.experts, per_model, strict=True)
-        ],
-        "parameters": {"saliency": str(family.factored)} if shared is None else shared,
-        **more,
-    }
+def recipe(family: Family, *, method: str = "obim", **more: Any) -> dict[str, Any]:
+    return checkpoints.recipe_of(family, method=method, **more)
 
 
 def merge(config: dict[str, Any], out: Path, **options: Any) -> Tensors:

@@ -180,17 +180,12 @@ def recipe(
     method: str = "regmean",
     **more: Any,
 ) -> dict[str, Any]:
-    per_model = per_model or [{} for _ in family.experts]
-    return {
-        "merge_method": method,
-        "base_model": str(family.base),
-        "models": [
-            {"model": str(folder), "parameters": own}
-            for folder, own in zip(family.experts, per_model, strict=True)
-        ],
-        "parameters": shared,
-        **more,
-    }
+    return checkpoints.recipe_of(family, method=method, per_model=per_model, shared=shared, **more)
+
+
+def merge_files(config: dict[str, Any], folder: Path, out: Path) -> None:
+    path = commands.write_recipe(folder, checkpoints.of_files(config), "raw.yml")
+    commands.succeed(commands.mergekit_pytorch(path, out))
 
 
 def merge(config: dict[str, Any], out: Path) -> Tensors:
@@ -323,13 +318,7 @@ def test_what_lacks_a_sketch_is_told(
         assert "lm_head.weight" in line
         assert "embed" not in line
 
-        config["base_model"] = str(family.base / "model.safetensors")
-        for entry in config["models"]:
-            entry["model"] += "/model.safetensors"
-        path = tmp_path / "raw.yml"
-        path.write_text(yaml.safe_dump(config))
-        result = CliRunner().invoke(mergekit_pytorch, [str(path), str(tmp_path / "raw")])
-        assert result.exit_code == 0, result.output
+        merge_files(config, tmp_path, tmp_path / "raw")
         assert len(told(caplog)) == 1
 
 
@@ -453,14 +442,7 @@ def test_statistics_none_asks_for_no_files(
             merged = merge(recipe(family, shared), tmp_path / "out")
         assert not caplog.records
     elif path == "pytorch":
-        config = recipe(family, shared)
-        config["base_model"] += "/model.safetensors"
-        for entry in config["models"]:
-            entry["model"] += "/model.safetensors"
-        file = tmp_path / "raw.yml"
-        file.write_text(yaml.safe_dump(config))
-        result = CliRunner().invoke(mergekit_pytorch, [str(file), str(tmp_path / "out")])
-        assert result.exit_code == 0, result.output
+        merge_files(recipe(family, shared), tmp_path, tmp_path / "out")
         merged = checkpoints.read_checkpoint(tmp_path / "out")
     else:
         models = {f"e{k}": tensors for k, tensors in enumerate(family.expert_tensors)}

@@ -75,12 +75,6 @@ def write(root: Path, base: Tensors, experts: Mapping[str, Tensors]) -> dict[str
     }
 
 
-def raw(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """The same recipe for mergekit-pytorch."""
-    models = [{**m, "model": f"{m['model']}/model.safetensors"} for m in recipe["models"]]
-    return {**recipe, "base_model": f"{recipe['base_model']}/model.safetensors", "models": models}
-
-
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny models' tensors are larger than their samples: of 16 runs of 4 weights each."""
@@ -290,7 +284,7 @@ def test_all_ways_to_merge_measure_the_same(
     recipe = write(tmp_path, base, experts)
     recipe["models"][1]["parameters"] = {"weight": 0.5}
     path = commands.write_recipe(tmp_path, recipe)
-    other = commands.write_recipe(tmp_path, raw(recipe), "raw.yml")
+    other = commands.write_recipe(tmp_path, checkpoints.of_files(recipe), "raw.yml")
     lines, merged = [], []
     for number, run in enumerate(
         [
@@ -358,7 +352,7 @@ def test_nothing_is_read_where_nothing_is_stretched(
         recipe["parameters"] = {"criterion": "magnitude", **shared}
         path = commands.write_recipe(tmp_path, recipe)
         succeed(commands.mergekit_yaml(path, tmp_path / f"yaml{number}"))
-        path = commands.write_recipe(tmp_path, raw(recipe))
+        path = commands.write_recipe(tmp_path, checkpoints.of_files(recipe))
         succeed(commands.mergekit_pytorch(path, tmp_path / f"pytorch{number}"))
     recipe |= {"models": recipe["models"][:1], "parameters": {**shared, "criterion": "magnitude"}}
     del recipe["parameters"]["stretch"]
@@ -439,7 +433,7 @@ def test_what_not_every_expert_has_is_left_out(
     base, experts = family(0.4)
     extra = {model: tensors.pop(ROWS) for model, tensors in experts.items() if model != "a"}
     assert len(extra) == 2
-    path = commands.write_recipe(tmp_path, raw(write(tmp_path, base, experts)))
+    path = commands.write_recipe(tmp_path, checkpoints.of_files(write(tmp_path, base, experts)))
     succeed(commands.mergekit_pytorch(path, tmp_path / "out", "--tensor-union"))
     [line] = told()
     names = [name for name in base if name != ROWS]

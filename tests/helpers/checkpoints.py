@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -197,3 +198,31 @@ def write_family(root: Path, *, experts: int = 3, layers: int = 3) -> Family:
     return Family(
         layers, base, folders, base_tensors, tensors, saliency, root / "factored", root / "dense"
     )
+
+
+def recipe_of(
+    family: Family,
+    *,
+    method: str,
+    per_model: list[dict[str, Any]] | None = None,
+    shared: dict[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """A recipe that merges a family; without shared parameters it reads the factored files."""
+    per_model = per_model or [{} for _ in family.experts]
+    return {
+        "merge_method": method,
+        "base_model": str(family.base),
+        "models": [
+            {"model": str(folder), "parameters": parameters}
+            for folder, parameters in zip(family.experts, per_model, strict=True)
+        ],
+        "parameters": {"saliency": str(family.factored)} if shared is None else shared,
+        **more,
+    }
+
+
+def of_files(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """The same recipe for mergekit-pytorch, of the folders' weight files."""
+    models = [{**m, "model": f"{m['model']}/model.safetensors"} for m in recipe["models"]]
+    return {**recipe, "base_model": f"{recipe['base_model']}/model.safetensors", "models": models}
