@@ -11,7 +11,7 @@ import json
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,37 +61,28 @@ class Scale:
     tried: int | None = None  # of each method's settings; None for all
 
 
+_SMALL = Scale(  # 2.7M parameters
+    size=Size(hidden=192, layers=6, heads=6, intermediate=512),
+    train_chars=600_000,
+    base=Training(steps=700, learning_rate=2e-3, final_rate=1.0),
+    expert=Training(steps=200, learning_rate=1e-4, seed=1),
+    continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
+    samples=100,  # the paper's
+    windows=48,
+    questions=200,
+)
 SCALES = {
-    "small": Scale(  # 2.7M parameters
-        size=Size(hidden=192, layers=6, heads=6, intermediate=512),
-        train_chars=600_000,
-        base=Training(steps=700, learning_rate=2e-3, final_rate=1.0),
-        expert=Training(steps=200, learning_rate=1e-4, seed=1),
-        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
-        samples=100,  # the paper's
-        windows=48,
-        questions=200,
-    ),
-    "medium": Scale(  # 10M parameters
+    "small": _SMALL,
+    "medium": replace(  # 10M parameters
+        _SMALL,
         size=Size(hidden=320, layers=8, heads=5, intermediate=864),
-        train_chars=600_000,
         base=Training(steps=700, learning_rate=1.5e-3, final_rate=1.0),
-        expert=Training(steps=200, learning_rate=1e-4, seed=1),
-        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
-        samples=100,
-        windows=48,
-        questions=200,
     ),
     # Small enough to be trained until it hardly improves: gentle experts then change little.
-    "settled": Scale(  # 0.5M parameters
+    "settled": replace(  # 0.5M parameters
+        _SMALL,
         size=Size(hidden=96, layers=4, heads=4, intermediate=256),
-        train_chars=600_000,
         base=Training(steps=2000, learning_rate=3e-3, final_rate=0.02),
-        expert=Training(steps=200, learning_rate=1e-4, seed=1),
-        continued=Training(steps=160, learning_rate=1e-3, final_rate=1.0, seed=2),
-        samples=100,
-        windows=48,
-        questions=200,
     ),
     "large": Scale(  # 57M parameters, for a GPU
         size=Size(hidden=768, layers=8, heads=12, intermediate=2048),

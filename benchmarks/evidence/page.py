@@ -24,19 +24,36 @@ _BLOCK = re.compile(r"(<!-- table: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTA
 
 def read(docs: Path) -> dict[str, Any]:
     """All figures: scale -> table -> seed -> {"figures", "made"}."""
-    path = docs / "evidence.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_figures(docs / "evidence.json")
 
 
 def write(docs: Path, kept: dict[str, Any]) -> None:
     """Keep the figures, and put them into the page and its plots, where there is a page."""
-    docs.mkdir(parents=True, exist_ok=True)
-    part = docs / "evidence.json.part"
+    write_figures(docs / "evidence.json", kept, render)
+
+
+def read_figures(path: Path) -> dict[str, Any]:
+    """The figures that are kept beside a page; none if there is no such file."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def write_figures(
+    path: Path, kept: dict[str, Any], render: Callable[[str, dict[str, Any]], str]
+) -> None:
+    """Keep a page's figures, whole or not at all, and render the page of that name, if it is there.
+
+    Args:
+        path: Where the figures go; the page is beside it.
+        kept: The figures.
+        render: Gives the page's text with the figures, of the text that is there.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     part.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
-    part.replace(docs / "evidence.json")
-    path = docs / "evidence.md"
-    if path.exists():
-        path.write_text(render(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    part.replace(path)
+    page = path.with_suffix(".md")
+    if page.exists():
+        page.write_text(render(page.read_text(encoding="utf-8"), kept), encoding="utf-8")
 
 
 def render(text: str, kept: dict[str, Any]) -> str:
@@ -79,11 +96,13 @@ def mean(recovery: Mapping[str, float]) -> float:
     return statistics.fmean(recovery.values())
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def as_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table of Markdown, as lines."""
     return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]
 
 
-def _settings(settings: Mapping[str, Any]) -> str:
+def in_words(settings: Mapping[str, Any]) -> str:
+    """A merge's parameters, for a cell of a table."""
     return ", ".join(f"{key} {value}" for key, value in settings.items()) or "–"
 
 
@@ -100,7 +119,7 @@ def _models(seeds: Seeds) -> list[str]:
     ]
     held = sum(one["guard"] for one in seeds.values())
     guard = f"The even average beats the base on every task for {held} of {len(seeds)} seeds."
-    return [*_table(["model", *tasks], rows), "", guard]
+    return [*as_table(["model", *tasks], rows), "", guard]
 
 
 def _methods(seeds: Seeds) -> list[str]:
@@ -113,13 +132,13 @@ def _methods(seeds: Seeds) -> list[str]:
             found = [one[name][kind] for one in seeds.values()]
             each = [summary([one["recovery"][task] for one in found]) for task in tasks]
             exact = summary([one["accuracy"]["math"] for one in found])
-            chosen = {_settings(one["settings"]): None for one in found}
+            chosen = {in_words(one["settings"]): None for one in found}
             how = "; ".join(chosen) if len(chosen) < 3 else "differs by seed"
             means = [mean(one["recovery"]) for one in found]
             ahead = summary([ours - other for ours, other in zip(reference, means, strict=True)])
             rows.append([name, kind, f"**{summary(means)}**", ahead, *each, exact, how])
     header = ["method", "setting", "mean", "nearest, default, ahead by", *tasks, "correct sums"]
-    return _table([*header, "settings"], rows)
+    return as_table([*header, "settings"], rows)
 
 
 def _by_task(what: str) -> Callable[[Seeds], list[str]]:
@@ -133,7 +152,7 @@ def _by_task(what: str) -> Callable[[Seeds], list[str]]:
             found = [one[name] for one in seeds.values()]
             each = [summary([one[task] for one in found]) for task in tasks]
             rows.append([name, f"**{summary([mean(one) for one in found])}**", *each])
-        return _table([what, "mean", *tasks], rows)
+        return as_table([what, "mean", *tasks], rows)
 
     return form
 
@@ -148,7 +167,7 @@ def _crossed(across: str) -> Callable[[Seeds], list[str]]:
             [way, *(summary([mean(one[way][value]) for one in seeds.values()]) for value in values)]
             for way in first
         ]
-        return _table([across, *values], rows)
+        return as_table([across, *values], rows)
 
     return form
 

@@ -6,7 +6,6 @@ what is between is replaced. ``lead`` is the table of all regimes, ``light-4`` t
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -14,7 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.evidence.page import summary
+from benchmarks.evidence.page import (
+    as_table,
+    in_words,
+    mean,
+    read_figures,
+    summary,
+    write_figures,
+)
 from benchmarks.real.tables import KINDS, methods
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
@@ -24,19 +30,12 @@ _BLOCK = re.compile(r"(<!-- table: (\w+)/([\w-]+) -->\n).*?(<!-- end -->)", re.D
 
 def read(docs: Path) -> dict[str, Any]:
     """All figures: scale -> regime -> seed -> {"models", "methods", "made"}."""
-    path = docs / "evidence-real.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return read_figures(docs / "evidence-real.json")
 
 
 def write(docs: Path, kept: dict[str, Any]) -> None:
-    """Keep the figures, and put them into the page, where there is one."""
-    docs.mkdir(parents=True, exist_ok=True)
-    part = docs / "evidence-real.json.part"
-    part.write_text(json.dumps(_rounded(kept), indent=1) + "\n", encoding="utf-8")
-    part.replace(docs / "evidence-real.json")
-    path = docs / "evidence-real.md"
-    if path.exists():
-        path.write_text(render(path.read_text(encoding="utf-8"), kept), encoding="utf-8")
+    """Keep the figures, to five digits, and put them into the page, where there is one."""
+    write_figures(docs / "evidence-real.json", _rounded(kept), lambda text, _: render(text, kept))
 
 
 def add(
@@ -84,14 +83,10 @@ def render(text: str, kept: Mapping[str, Any]) -> str:
     return _BLOCK.sub(table, text)
 
 
-def _mean(recovery: Mapping[str, float]) -> float:
-    return statistics.fmean(recovery.values())
-
-
 def scores(seeds: Mapping[str, Any], method: str, kind: str) -> list[float]:
     """A method's mean recovery of each seed that has it."""
     return [
-        _mean(one["methods"][method][kind]["recovery"])
+        mean(one["methods"][method][kind]["recovery"])
         for one in seeds.values()
         if kind in one["methods"].get(method, {})
     ]
@@ -140,7 +135,7 @@ def _lead(regimes: Regimes) -> list[str]:
         regret = [most[kind][method] for kind in KINDS]
         shown = " / ".join(f"{x:.2f}" if math.isfinite(x) else "–" for x in regret)
         rows.append([f"*{method}*" if method in ours else method, *cells, shown])
-    return _table(["method", *regimes, "worst regret"], rows)
+    return as_table(["method", *regimes, "worst regret"], rows)
 
 
 def _regime(seeds: Mapping[str, Any]) -> list[str]:
@@ -161,13 +156,13 @@ def _regime(seeds: Mapping[str, Any]) -> list[str]:
                      if kind in one["methods"].get(method, {})]  # fmt: skip
             if not found:
                 continue
-            means = [_mean(one["recovery"]) for one in found]
+            means = [mean(one["recovery"]) for one in found]
             rows.append([
                 method, kind.replace("best", "tuned"), f"**{summary(means)}**",
                 "; ".join("{:+.2f} to {:+.2f}".format(*one["ahead"]) for one in found),
                 *(summary([one["recovery"][task] for one in found]) for task in parts),
-                summary([_mean(one["loss"]) for one in found]), _exact(found),
-                "; ".join(dict.fromkeys(_settings(one["settings"]) for one in found)),
+                summary([mean(one["loss"]) for one in found]), _exact(found),
+                "; ".join(dict.fromkeys(in_words(one["settings"]) for one in found)),
             ])  # fmt: skip
     header = ["method", "setting", "recovery", "ahead of the even average", *parts, "loss",
               "exact", "settings"]  # fmt: skip
@@ -176,22 +171,14 @@ def _regime(seeds: Mapping[str, Any]) -> list[str]:
     return [
         f"{first['about'][0].upper()}{first['about'][1:]}.",
         "",
-        *_table(["model", *tasks, "exact"], models),
+        *as_table(["model", *tasks, "exact"], models),
         "",
-        *_table(header, rows),
+        *as_table(header, rows),
         "",
         f"*{how}*",
     ]
 
 
 def _exact(found: Sequence[Mapping[str, Any]]) -> str:
-    shares = [_mean(one["exact"]) for one in found if one["exact"]]
+    shares = [mean(one["exact"]) for one in found if one["exact"]]
     return summary(shares) if shares else "–"
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in settings.items()) or "–"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows)]

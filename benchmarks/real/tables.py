@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.evidence.tables import over
 from benchmarks.real.lab import BASE, Lab, Merge, Scores
 from benchmarks.real.text import EXACT
 
@@ -90,12 +90,6 @@ def _method(
     return Method(merges[0], merges, ours)
 
 
-def _over(**axes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Every combination of the values of some parameters; ``lambda_`` stands for ``lambda``."""
-    names = [name.rstrip("_") for name in axes]
-    return [dict(zip(names, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
 def methods(experts: int) -> dict[str, Method]:
     """The methods, with the settings that depend on how many experts there are."""
     share = round(1 / experts, 4)
@@ -107,43 +101,43 @@ def methods(experts: int) -> dict[str, Method]:
 
     return {
         "Task Arithmetic": _method(
-            "task_arithmetic", {"weight": share}, *_over(weight=(0.25, 0.35, 0.5, 0.7, 1.0))
+            "task_arithmetic", {"weight": share}, *over(weight=(0.25, 0.35, 0.5, 0.7, 1.0))
         ),
         "TIES": _method(
             "ties", {"weight": 1.0, "density": 0.5},
-            *_over(weight=(1.0,), density=(0.2, 0.5), lambda_=(0.6, 1.5)),
+            *over(weight=(1.0,), density=(0.2, 0.5), lambda_=(0.6, 1.5)),
         ),
         "DARE": _method(
             "dare_linear", {"weight": share, "density": 0.5},
-            *_over(weight=(0.5, 0.7), density=(0.8,)),
+            *over(weight=(0.5, 0.7), density=(0.8,)),
         ),
         "DELLA": _method(
             "della", {"weight": 1.0, "density": 0.5},
-            *_over(weight=(1.0,), density=(0.5, 0.8), lambda_=(0.6,)),
+            *over(weight=(1.0,), density=(0.5, 0.8), lambda_=(0.6,)),
         ),
         "Model Stock": _method("model_stock", {}),
         "Karcher mean": _method("karcher", {}),
-        "SCE": _method("sce", {}, *_over(select_topk=(0.1, 0.5))),
+        "SCE": _method("sce", {}, *over(select_topk=(0.1, 0.5))),
         "Consensus TA": _method(
-            "consensus_ta", {}, *_over(lambda_=(0.4, 0.7), mask_threshold=(0.2, 0.4))
+            "consensus_ta", {}, *over(lambda_=(0.4, 0.7), mask_threshold=(0.2, 0.4))
         ),
-        "PCB": _method("pcb", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5))),
-        "TSV-M": _method("tsv_m", {}, *_over(scale=(0.5, 0.7, 1.4))),
-        "Iso-C": _method("iso_c", {}, *_over(scale=(0.3, 0.6, 1.5))),
-        "Fisher": _method("regmean_diag", {}, *_over(lambda_=(1.4, 2.0)), statistics="fisher"),
+        "PCB": _method("pcb", {}, *over(density=(0.2,), lambda_=(1.0, 1.5))),
+        "TSV-M": _method("tsv_m", {}, *over(scale=(0.5, 0.7, 1.4))),
+        "Iso-C": _method("iso_c", {}, *over(scale=(0.3, 0.6, 1.5))),
+        "Fisher": _method("regmean_diag", {}, *over(lambda_=(1.4, 2.0)), statistics="fisher"),
         "RegMean, full Gram": _method(
-            "regmean_full", {}, *_over(keep=(0.1, 0.5, 0.99))
+            "regmean_full", {}, *over(keep=(0.1, 0.5, 0.99))
         ),
         "RegMean, sketch": _method(
-            "regmean", {}, *_over(stretch=("auto", 1.3)), {"shrink": 0.8},
+            "regmean", {}, *over(stretch=("auto", 1.3)), {"shrink": 0.8},
             statistics="measured", ours=True,
         ),
         "RegMean, no data": _method("regmean", no_data, {**no_data, "stretch": "auto"}, ours=True),
         "RegMean, diagonal": _method(
-            "regmean_diag", {}, *_over(stretch=("auto", 1.4, 2.0)), statistics="measured", ours=True
+            "regmean_diag", {}, *over(stretch=("auto", 1.4, 2.0)), statistics="measured", ours=True
         ),
         "OBIM": _method(
-            "obim", {}, *_over(density=(0.1, round(share / 2, 4))), statistics="measured", ours=True
+            "obim", {}, *over(density=(0.1, round(share / 2, 4))), statistics="measured", ours=True
         ),
         "OBIM by magnitude": _method(
             "obim", magnitude, {**magnitude, "density": 0.1},
@@ -152,11 +146,11 @@ def methods(experts: int) -> dict[str, Method]:
         "least_error": _method("obim", least, statistics="measured", ours=True),
         "nearest": _method("obim", nearest, *stretches(), statistics="measured", ours=True),
         "TIES + OBM": _method(
-            "ties_obm", {}, *_over(density=(0.2,), lambda_=(1.0, 1.5)),
+            "ties_obm", {}, *over(density=(0.2,), lambda_=(1.0, 1.5)),
             statistics="measured", ours=True,
         ),
         "Sign by saliency": _method(
-            "obm_sign", {}, *_over(density=(0.2, 0.5)), statistics="measured", ours=True
+            "obm_sign", {}, *over(density=(0.2, 0.5)), statistics="measured", ours=True
         ),
     }  # fmt: skip
 

@@ -199,11 +199,13 @@ def tune(text: str, output: Path, settings: Settings, options: RunOptions) -> Tu
             )
         methods = registry()  # which reading the recipe has filled
         labels = [rows.label for rows in session.rows]
+        planned = plan(session.config, merge_options(options), inspected=True)
+        _warn_of_other_rows(session, planned, options)
         entries = _plannable(text, session, settings, methods, options)
         always = first_candidates(len(session.experts))
         search = Search(
             trials_file,
-            _decisive(document, session, entries, settings, options),
+            _decisive(document, session, planned, entries, settings),
             always,
             entries,
             session.experts,
@@ -255,13 +257,12 @@ def _plannable(
     methods: Mapping[str, Method],
     options: RunOptions,
 ) -> list[Entry]:
-    """Plan the recipe and every entry of the space, and return the entries that can be merged.
+    """Plan every entry of the space, and return those that can be merged.
 
     Raises:
-        ObimError: The recipe itself cannot be merged, or an entry of the user's own space.
+        ObimError: An entry of the user's own space cannot be merged.
     """
     merging = merge_options(options)
-    _warn_of_other_rows(session, plan(session.config, merging, inspected=True), options)
     entries: list[Entry] = []
     left_out: dict[str, list[str]] = {}
     for entry in read_space(settings.space, methods, weights=settings.weights):
@@ -331,12 +332,11 @@ def _warn_of_other_rows(
 def _decisive(
     document: Document,
     session: Session,
+    planned: Sequence[tuple[Any, Any]],
     entries: Sequence[Entry],
     settings: Settings,
-    options: RunOptions,
 ) -> dict[str, Any]:
     """Return all that the scores of a search depend on, JSON-able."""
-    planned = plan(session.config, merge_options(options), inspected=True)
     stats = {str(m): f.path.stat() for m, f in _saliency_files(planned, session.base)}
     return {
         "recipe": json.loads(json.dumps(document.content, default=str)),
