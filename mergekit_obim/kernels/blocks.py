@@ -26,6 +26,7 @@ CPU_BLOCK = 1 << 18
 DEVICE_BLOCK = 1 << 25
 # Of rows that are multiplied by a matrix: with fewer at a time, that would be most of what is read.
 _FEWEST_ROWS = 32
+_TIMES_BY_SQUARE = 4  # blocks at once, where each is multiplied by a matrix of d × d
 
 
 @dataclass(frozen=True)
@@ -129,18 +130,19 @@ def blocks(shape: torch.Size, device: torch.device, limit: int | None = None) ->
             start += (last - first) * row
 
 
-def row_blocks(matrix: torch.Tensor, times: int = 1) -> Iterator[slice]:
+def row_blocks(matrix: torch.Tensor, *, by_square: bool = False) -> Iterator[slice]:
     """Cut a matrix into blocks of whole rows, for what multiplies them by another matrix.
 
     Args:
         matrix: [rows, columns], of any strides.
-        times: How many times as many elements as usual a block is to have.
+        by_square: Whether that has as many columns as rows: it is large, so blocks are, too.
 
     Yields:
         Slices of rows that together cover each once.
     """
     rows, width = matrix.shape
-    limit = times * (CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK)
+    limit = CPU_BLOCK if matrix.device.type == "cpu" else DEVICE_BLOCK
+    limit *= _TIMES_BY_SQUARE if by_square else 1
     step = max(_FEWEST_ROWS, limit // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
@@ -178,6 +180,25 @@ def scratch(name: str, size: int, dtype: torch.dtype, device: torch.device) -> t
         kept = torch.empty(max(size, CPU_BLOCK), dtype=dtype, device=device)
         _KEPT.memory[name, dtype] = kept
     return kept[:size]
+
+
+def scratch_like(name: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Return :func:`scratch` memory in the shape and the order of dims of a matrix.
+
+    Laid out as the matrix is, so that neither copying nor multiplying goes across memory.
+
+    Args:
+        name: What it is for.
+        matrix: [rows, columns], contiguous or the transpose of what is.
+        dtype: Of the elements.
+
+    Returns:
+        Of the matrix's shape; its contents are arbitrary.
+    """
+    kept = scratch(name, matrix.numel(), dtype, matrix.device)
+    if matrix.stride(0) < matrix.stride(1):
+        return kept.view(matrix.shape[::-1]).T
+    return kept.view(matrix.shape)
 
 
 _LOCK = threading.Lock()

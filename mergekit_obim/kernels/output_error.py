@@ -20,11 +20,9 @@ from collections.abc import Sequence
 
 import torch
 
-from mergekit_obim.kernels.blocks import row_blocks, scratch
+from mergekit_obim.kernels.blocks import row_blocks, scratch_like
 from mergekit_obim.kernels.regmean_gram import Gram, Layers, input_last
 from mergekit_obim.kernels.scores import working_dtype
-
-_FULL_BLOCK = 4  # blocks at once, where each is multiplied by a matrix of d × d
 
 
 def output_errors(
@@ -70,12 +68,9 @@ class _QuadraticForm:
         """Return the error by other weights than the expert's, both [out, d]."""
         squares = torch.zeros_like(self.rest)  # Σ d² of each feature
         total = 0.0
-        for part in row_blocks(expert, 1 if self.whole is None else _FULL_BLOCK):
+        for part in row_blocks(expert, by_square=self.whole is not None):
             value = expert[part]
-            memory = scratch("output error", value.numel(), self.dtype, value.device)
-            # Laid out as the weight is, so that neither reading nor multiplying goes across memory.
-            transposed = value.stride(0) < value.stride(1)
-            d = memory.view(value.shape[::-1]).T if transposed else memory.view(value.shape)
+            d = scratch_like("output error", value, self.dtype)
             d.copy_(weights[part]).sub_(value)
             if self.whole is not None:
                 total += float((d @ self.whole).mul_(d).sum())

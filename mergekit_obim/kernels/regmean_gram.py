@@ -34,7 +34,7 @@ from dataclasses import dataclass
 import torch
 
 from mergekit_obim.errors import UnscorableError
-from mergekit_obim.kernels.blocks import row_blocks, scratch
+from mergekit_obim.kernels.blocks import row_blocks, scratch, scratch_like
 from mergekit_obim.kernels.gram import draw_test_matrix
 from mergekit_obim.kernels.merging import scaled_sum
 from mergekit_obim.kernels.nystrom import nystrom_factor
@@ -46,7 +46,6 @@ _LEAST_REST = 1e-6
 # Up to so many input features the systems with full matrices are solved in float64.
 _FLOAT64_FEATURES = 1024
 _TASK_VECTOR_COLUMNS = 32
-_FULL_BLOCK = 4  # blocks at once, where each is multiplied by a matrix of d × d
 
 
 @dataclass(frozen=True)
@@ -236,7 +235,7 @@ def _merge_full(
             continue
         off *= weight
         sums += off
-        for part in row_blocks(base, _FULL_BLOCK):
+        for part in row_blocks(base, by_square=True):
             deltas, mean = _deltas_and_mean(part, base, experts, shares)
             pulls[part].addmm_(deltas[k].sub_(mean), off)
         del off
@@ -246,7 +245,7 @@ def _merge_full(
     sums *= scaling
     shrink, lower = _decompose(sums, shrink)
     del sums
-    for part in row_blocks(base, _FULL_BLOCK):
+    for part in row_blocks(base, by_square=True):
         _, mean = _deltas_and_mean(part, base, experts, shares)
         pull = (pulls[part] * scaling).T
         mean.add_(torch.cholesky_solve(pull, lower).T.mul_(scaling), alpha=shrink)
@@ -289,17 +288,10 @@ def _deltas_and_mean(
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Return the δ_k of a block of rows, and E; in memory that the next block is going to use."""
     start = base[part]
-
-    def memory(name: str) -> torch.Tensor:
-        kept = scratch(name, start.numel(), shares.dtype, base.device)
-        # Laid out as the weight is, so that neither reading nor multiplying goes across memory.
-        if start.stride(0) < start.stride(1):
-            return kept.view(start.shape[::-1]).T
-        return kept.view(start.shape)
-
-    mean, deltas = memory("E"), []
+    mean, deltas = scratch_like("E", start, shares.dtype), []
     for k, (expert, share) in enumerate(zip(experts, shares, strict=True)):
-        deltas.append(memory(f"delta {k}").copy_(expert[part]).sub_(start))
+        delta = scratch_like(f"delta {k}", start, shares.dtype)
+        deltas.append(delta.copy_(expert[part]).sub_(start))
         if k:
             mean.addcmul_(deltas[k], share)
         else:
