@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import IO, Any
 
@@ -74,6 +74,14 @@ class OtherProcessError(ObimError, RuntimeError):
 
 class UnscorableError(ObimError, ArithmeticError):
     """Weights or activations are not finite numbers."""
+
+    def of(self, tensor: object, models: Iterable[object]) -> UnscorableError:
+        """Return the same error with what a kernel does not know: the tensor, and the models."""
+        one_of = ", ".join(map(str, models))
+        return UnscorableError(
+            f"tensor {tensor}: {self.message} in one of {one_of}; a checkpoint with NaN or "
+            "infinite weights cannot be merged"
+        )
 
 
 def one_line(error: BaseException) -> str:

@@ -114,11 +114,7 @@ class ExpertMethod(HookedMethod):
                 else:
                     merged = self._merge(group, **parameters)
         except UnscorableError as error:
-            models = ", ".join(str(entry.id) for entry in group.non_base)
-            raise UnscorableError(
-                f"tensor {name}: {error.message} in one of {models}; a checkpoint with NaN or "
-                "infinite weights cannot be merged"
-            ) from error
+            raise error.of(name, (entry.id for entry in group.non_base)) from error
         _READ.add(sum(entry.tensor.nbytes for entry in entries))
         return merged
 

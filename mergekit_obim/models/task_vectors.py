@@ -172,11 +172,7 @@ class Cosines:
             try:
                 total += products(base, experts, name)
             except UnscorableError as error:
-                models = ", ".join(map(str, self._models))
-                raise UnscorableError(
-                    f"tensor {name}: {error.message} in one of {models}; a checkpoint with NaN or "
-                    "infinite weights cannot be merged"
-                ) from error
+                raise error.of(name, self._models) from error
             compared = True
         for reader in readers.values():
             reader.close()
